@@ -1,0 +1,26 @@
+"""medseg: medical image segmentation with U-Nets in 2D and 3D. Research software, not a medical device."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "load": "medseg.predict",
+    "run": "medseg.pipeline",
+    "MedsegError": "medseg.errors",
+}
+__all__ = ["MedsegError", "__version__", "load", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for: importing medseg stays fast and loads no torch."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'medseg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,288 @@
+"""NIfTI-1 and NIfTI-2, single files and .hdr/.img pairs, gzipped or not.
+
+Reading is checked before it is trusted: gzip files are read to their end, so that CRC and length are verified; a file
+shorter than its header says, a header that claims more than the file can hold, and an affine that is missing,
+non-finite or singular are refused. Writing gives back the geometry fields of the header it was read with, bit for bit,
+and nothing else of it (free-text fields can hold patient data).
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from numpy.typing import NDArray
+
+from medseg.errors import InputError, UnreadableFile
+from medseg.geometry import Geometry
+from medseg.records import replacing
+from medseg.volume import Mask, Volume
+
+SUFFIXES = (".nii.gz", ".nii", ".hdr", ".hdr.gz", ".img", ".img.gz")
+MAX_IMAGE_BYTES = 2**36
+"""Largest image that a header may claim, 64 GiB."""
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_DEFLATE_MAX_RATIO = 1032  # no deflate stream expands further, so a larger claim cannot be true (zlib, technical note)
+_GEOMETRY_FIELDS = (
+    "qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z xyzt_units"
+).split()
+_METRE, _MICRON = 1, 3
+_REPLACE = "copy the file again from its source"
+
+
+def read(path: Path) -> Volume:
+    """Read a NIfTI file.
+
+    Returns:
+        Volume with array (C, I, J, K), scaled by slope and intercept, in the stored number type where they are trivial.
+
+    Raises:
+        UnreadableFile: damaged, truncated, empty, or no NIfTI.
+        InputError: a number type, dimension, unit or affine that cannot be used.
+    """
+    header_path, data_path = _pair(path)
+    header = _read_header(header_path)
+    if not data_path.exists():
+        raise UnreadableFile(path, f"its other half {data_path.name} is missing", "a .hdr beside its .img")
+    content = _read_bytes(data_path, _expected_bytes(header, data_path))
+    warnings: list[str] = []
+    array = _pixels(header, content, data_path, warnings)
+    geometry = Geometry(array.shape[1:], _affine(header, path, warnings))  # type: ignore[arg-type]
+    if geometry.is_sheared:
+        warnings.append(f"voxel axes are not orthogonal (cosine {geometry.shear:.4f}): handled on a straight grid")
+    return Volume(array, geometry, (path,), header, tuple(warnings))
+
+
+def write(mask: Mask, path: Path) -> None:
+    """Write a mask, atomically; the same mask always gives the same bytes.
+
+    Shape and affine are the mask's. Where it has a NIfTI header whose affine is the mask's, that header's geometry
+    fields and codes go into the file bit for bit.
+    """
+    header = _header_for(mask)
+    body = header.binaryblock + b"\0\0\0\0" + np.asarray(mask.array).tobytes(order="F")
+    with replacing(path) as temporary:
+        if path.name.endswith(".gz"):
+            with temporary.open("wb") as file, gzip.GzipFile("", "wb", 3, file, mtime=0) as stream:
+                stream.write(body)
+        else:
+            temporary.write_bytes(body)
+
+
+def from_nibabel(image: Any) -> Volume:
+    """A nibabel image in memory as a Volume (channels last become channels first)."""
+    array = np.asanyarray(image.dataobj)
+    if array.ndim not in (2, 3, 4):
+        raise InputError("nibabel image", f"has {array.ndim} dimensions", "2, 3 or 4 (the last is channels)")
+    channels_first = _channels_first(array.reshape(array.shape + (1,) * (3 - array.ndim)))
+    header = image.header if isinstance(image.header, Nifti1Header) else None
+    return Volume(channels_first, Geometry(channels_first.shape[1:], image.affine), (), header)  # type: ignore[arg-type]
+
+
+def to_nibabel(mask: Mask) -> Any:
+    """A mask as a nibabel image, with the geometry fields of the header it was read with."""
+    kind = nibabel.Nifti2Image if isinstance(mask.header, Nifti2Header) else nibabel.Nifti1Image
+    image = kind(mask.array, None, _header_for(mask))
+    image.set_sform(mask.geometry.affine, int(image.header["sform_code"]) or 2, update_affine=True)
+    return image
+
+
+def _pair(path: Path) -> tuple[Path, Path]:
+    """Header file and data file; the same for a single-file NIfTI."""
+    for ending, other in ((".hdr", ".img"), (".img", ".hdr"), (".hdr.gz", ".img.gz"), (".img.gz", ".hdr.gz")):
+        if path.name.endswith(ending):
+            partner = path.with_name(path.name[: -len(ending)] + other)
+            return (path, partner) if ending.startswith(".hdr") else (partner, path)
+    return path, path
+
+
+def _open(path: Path) -> Any:
+    try:
+        file = path.open("rb")
+    except OSError as failure:
+        raise UnreadableFile(path, f"cannot be opened: {failure.strerror}", "a readable NIfTI file") from None
+    magic = file.read(2)
+    file.seek(0)
+    if not magic:
+        file.close()
+        raise UnreadableFile(path, "is empty (0 bytes)", "a NIfTI file", _REPLACE)
+    return gzip.GzipFile(fileobj=file) if magic == _GZIP_MAGIC else file
+
+
+def _checked_read(path: Path, stream: Any, count: int) -> bytes:
+    try:
+        return bytes(stream.read(count))
+    except EOFError:
+        raise UnreadableFile(path, "the gzip stream ends early (truncated)", "a whole file", _REPLACE) from None
+    except (gzip.BadGzipFile, zlib.error) as failure:
+        raise UnreadableFile(path, f"the gzip data are damaged: {failure}", "a sound gzip file", _REPLACE) from None
+    except OSError as failure:
+        raise UnreadableFile(path, f"cannot be read: {failure}", "a readable file") from None
+
+
+def _read_header(path: Path) -> Nifti1Header:
+    with _open(path) as stream:
+        head = _checked_read(path, stream, 544)
+    for kind, size, magics in (
+        (Nifti1Header, 348, (b"n+1\0", b"ni1\0")),
+        (Nifti2Header, 540, (b"n+2\0", b"ni2\0")),
+    ):
+        place = slice(344, 348) if size == 348 else slice(4, 8)
+        if len(head) >= size and head[place] in magics:
+            header = kind(head[:size], check=False)
+            if int(header["sizeof_hdr"]) == size:
+                return header
+    analyze = len(head) >= 348 and 348 in (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big"))
+    raise UnreadableFile(
+        path,
+        "is an Analyze 7.5 header, which does not say where left and right are" if analyze else "is no NIfTI file",
+        "the NIfTI mark 'n+1', 'ni1', 'n+2' or 'ni2' in the header",
+        "convert the original images to NIfTI",
+    )
+
+
+def _expected_bytes(header: Nifti1Header, path: Path) -> int:
+    """Bytes that the header promises, after checking that the file can hold them and that they may be allocated."""
+    dims = [int(n) for n in header["dim"]]
+    if not 1 <= dims[0] <= 7 or min(dims[1 : dims[0] + 1]) < 1:
+        raise UnreadableFile(path, f"the header has impossible dimensions {dims}", "1 to 7 positive sizes", _REPLACE)
+    offset = float(header["vox_offset"])
+    if not np.isfinite(offset) or offset < 0 or offset > 2**31:
+        raise UnreadableFile(path, f"the header places the voxels at byte {offset}", "a sane offset", _REPLACE)
+    try:
+        item = header.get_data_dtype().itemsize
+    except (nibabel.spatialimages.HeaderDataError, KeyError):
+        raise InputError(path, f"unknown number type (NIfTI code {int(header['datatype'])})") from None
+    size = int(offset)
+    count = item
+    for n in dims[1 : dims[0] + 1]:
+        count *= n  # Python integers: no overflow
+    size += count
+    on_disk = path.stat().st_size
+    with path.open("rb") as file:
+        holds = on_disk * _DEFLATE_MAX_RATIO if file.read(2) == _GZIP_MAGIC else on_disk
+    if size > MAX_IMAGE_BYTES:
+        raise InputError(path, f"the header claims {size:,} bytes", f"at most {MAX_IMAGE_BYTES:,}", _REPLACE)
+    if size > holds:
+        raise UnreadableFile(
+            path, f"the file is shorter than its header says ({on_disk:,} bytes)", f"{size:,} bytes of image", _REPLACE
+        )
+    return size
+
+
+def _read_bytes(path: Path, expected: int) -> bytes:
+    """The first ``expected`` bytes of a file, read to its end so that a gzip's CRC and length are checked."""
+    with _open(path) as stream:
+        content = _checked_read(path, stream, expected)
+        if len(content) < expected:
+            raise UnreadableFile(
+                path, f"holds {len(content):,} bytes of image", f"{expected:,} by its header", _REPLACE
+            )
+        surplus = 0
+        while chunk := _checked_read(path, stream, 1 << 16):
+            surplus += len(chunk)
+            if surplus > 1 << 24:
+                raise UnreadableFile(path, "holds far more data than its header says", f"{expected:,} bytes", _REPLACE)
+    return content
+
+
+def _pixels(header: Nifti1Header, content: bytes, path: Path, warnings: list[str]) -> NDArray[Any]:
+    kind = header.get_data_dtype()
+    if kind.fields is not None or kind.kind not in "iuf":
+        what = "colour (RGB)" if kind.fields is not None else str(kind)
+        raise InputError(path, f"holds {what} voxels", "one real number a voxel", "convert it to grey values")
+    shape = list(header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+        if len(shape) == 3:
+            warnings.append("a fourth dimension of length 1 was dropped")
+    if len(shape) > 4:
+        raise InputError(path, f"has {len(shape)} dimensions {tuple(shape)}", "3, or 4 with channels last")
+    slope, intercept = header.get_slope_inter()
+    shape += [1] * (3 - len(shape))
+    offset = int(float(header["vox_offset"])) if header["magic"].item() in (b"n+1", b"n+2") else 0
+    array = np.frombuffer(content, dtype=kind, count=int(np.prod(shape)), offset=offset).reshape(shape, order="F")
+    array = array.astype(kind.newbyteorder("="), copy=False)
+    if slope is not None and (slope, intercept or 0.0) != (1.0, 0.0):
+        array = array.astype(np.float64) * slope + (intercept or 0.0)
+    return _channels_first(array)
+
+
+def _channels_first(array: NDArray[Any]) -> NDArray[Any]:
+    return array[np.newaxis] if array.ndim == 3 else np.moveaxis(array, 3, 0)
+
+
+def _affine(header: Nifti1Header, path: Path, warnings: list[str]) -> NDArray[np.float64]:
+    unit = int(header["xyzt_units"]) & 7
+    if unit in (_METRE, _MICRON):
+        raise InputError(path, f"lengths are in {'metres' if unit == _METRE else 'micrometres'}", "millimetres")
+    sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
+    qform = _qform(header, qform_code)
+    if sform_code > 0:
+        affine = np.asarray(header.get_sform(), dtype=np.float64)
+    elif qform is not None:
+        affine = qform
+    else:
+        raise InputError(
+            path,
+            "has neither sform nor qform (both codes are 0), so left and right are unknown",
+            "an image with orientation",
+            "convert it again from the original images",
+        )
+    _check_affine(affine, path)
+    if sform_code > 0 and qform is not None:
+        spacing = np.linalg.norm(affine[:3, :3], axis=0).min()
+        if not np.allclose(affine, qform, rtol=0, atol=max(1e-3 * float(spacing), 1e-3)):
+            warnings.append("sform and qform differ: the sform was used")
+    return affine
+
+
+def _qform(header: Nifti1Header, code: int) -> NDArray[np.float64] | None:
+    if code <= 0:
+        return None
+    try:
+        return np.asarray(header.get_qform(), dtype=np.float64)
+    except (nibabel.spatialimages.HeaderDataError, ValueError):
+        return None
+
+
+def _check_affine(affine: NDArray[np.float64], path: Path) -> None:
+    if not np.isfinite(affine).all():
+        raise InputError(path, "the affine has a value that is not finite", "finite numbers", _REPLACE)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / np.maximum(spacing, 1e-300))) < 1e-4:
+        raise InputError(path, "the affine is singular: it flattens the image", "three independent axes", _REPLACE)
+    if spacing.min() < 1e-3 or spacing.max() > 1e3:
+        raise InputError(path, f"the spacing is {tuple(spacing.round(6))} mm", "0.001 to 1000 mm", "correct its unit")
+
+
+def _header_for(mask: Mask) -> Nifti1Header:
+    source = mask.header if isinstance(mask.header, Nifti1Header) else None
+    header = Nifti2Header() if isinstance(source, Nifti2Header) else Nifti1Header()
+    header.set_data_dtype(mask.array.dtype)
+    header.set_data_shape(mask.array.shape)
+    header["scl_slope"], header["scl_inter"] = 1.0, 0.0
+    header["magic"] = b"n+2" if isinstance(header, Nifti2Header) else b"n+1"
+    header["vox_offset"] = 544 if isinstance(header, Nifti2Header) else 352
+    if source is not None and _gives_affine(source, mask.geometry.affine):
+        for name in _GEOMETRY_FIELDS:
+            header[name] = source[name]
+        header["pixdim"][:4] = source["pixdim"][:4]
+    else:
+        header.set_qform(mask.geometry.affine, 2)
+        header.set_sform(mask.geometry.affine, 2)
+        header.set_xyzt_units("mm")
+    return header
+
+
+def _gives_affine(header: Nifti1Header, affine: NDArray[np.float64]) -> bool:
+    own = header.get_sform() if int(header["sform_code"]) > 0 else _qform(header, int(header["qform_code"]))
+    return own is not None and np.array_equal(np.asarray(own, dtype=np.float64), affine)
+

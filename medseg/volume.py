@@ -1,0 +1,138 @@
+"""What is segmented and what comes out: Volume, Mask, and the Labels that give a mask's integers their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import model_validator
+
+from medseg.errors import InputError
+from medseg.geometry import Geometry
+from medseg.records import Record
+
+
+class Labels(Record):
+    """Names of the integers in a mask.
+
+    Attributes:
+        values: name -> integer, background left out. Any integers but 0, which is background.
+        regions: name -> the integers it unites, scored beside the classes (as "whole tumour").
+        ignore: the integer of voxels that no one labelled: left out of loss, sampling and scores.
+    """
+
+    values: dict[str, int]
+    regions: dict[str, tuple[int, ...]] = {}
+    ignore: int | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Labels:
+        numbers = list(self.values.values())
+        if not numbers:
+            raise ValueError("at least one label besides the background is needed")
+        if 0 in numbers or self.ignore == 0:
+            raise ValueError("0 is background and needs no name")
+        if len(set(numbers)) != len(numbers) or self.ignore in numbers:
+            raise ValueError(f"each label needs an integer of its own; got {self.values}, ignore {self.ignore}")
+        unknown = {v for members in self.regions.values() for v in members} - set(numbers)
+        if unknown:
+            raise ValueError(f"regions use integers {sorted(unknown)} that no label has")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names in the order of their integers: the order of the network's channels 1 to n."""
+        return tuple(sorted(self.values, key=lambda name: self.values[name]))
+
+    @property
+    def count(self) -> int:
+        """Number of classes with the background: the network's output channels."""
+        return len(self.values) + 1
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The index that stands for ``ignore`` in arrays from ``to_indices``, one past the last class."""
+        return None if self.ignore is None else self.count
+
+    @property
+    def _table(self) -> NDArray[np.int64]:
+        listed = [0, *(self.values[name] for name in self.names)]
+        return np.array(listed if self.ignore is None else [*listed, self.ignore], dtype=np.int64)
+
+    def unknown(self, array: NDArray[Any]) -> list[int]:
+        """The integers of an array that neither a label nor the background has."""
+        return sorted({int(v) for v in np.unique(array)} - {int(v) for v in self._table})
+
+    def to_indices(self, array: NDArray[Any], where: object = "mask") -> NDArray[np.uint8]:
+        """Replace label integers by indices 0..n (0 background), any shape.
+
+        Raises:
+            InputError: the array holds an integer without a name.
+        """
+        unknown = self.unknown(array)
+        if unknown:
+            raise InputError(
+                where,
+                f"label values {unknown[:10]} have no name",
+                f"0 (background) and {dict(self.values)}",
+                "name them in dataset.json, or correct the mask",
+            )
+        table = self._table
+        order = np.argsort(table)
+        return order[np.searchsorted(table[order], array)].astype(np.uint8)
+
+    def to_values(self, indices: NDArray[Any]) -> NDArray[Any]:
+        """Replace indices 0..n by label integers; uint8 where they fit, else uint16, else int32."""
+        table = self._table
+        kind = np.result_type(np.min_scalar_type(int(table.min())), np.min_scalar_type(int(table.max())))
+        if kind not in (np.uint8, np.uint16):
+            kind = np.dtype(np.int32)
+        return table.astype(kind)[indices]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image: array (C, I, J, K), geometry, and where it came from.
+
+    Attributes:
+        array: channels first; a 2D picture has K = 1.
+        geometry: of the last three axes.
+        paths: the files it was read from.
+        header: the format's own header, given back when a mask of this volume is written.
+        warnings: what was odd about the file but could be read all the same.
+    """
+
+    array: NDArray[Any]
+    geometry: Geometry
+    paths: tuple[Path, ...] = ()
+    header: Any = field(default=None, compare=False)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mask:
+    """An integer array (I, J, K) of label values with its geometry.
+
+    Attributes are as in ``Volume``; ``labels`` is None for a mask read without knowing its names.
+    """
+
+    array: NDArray[Any]
+    geometry: Geometry
+    labels: Labels | None = None
+    paths: tuple[Path, ...] = ()
+    header: Any = field(default=None, compare=False)
+    warnings: tuple[str, ...] = ()
+
+    def volumes_ml(self) -> dict[str, float]:
+        """Volume of each class in millilitres, by name.
+
+        Raises:
+            ValueError: the mask has no labels.
+        """
+        if self.labels is None:
+            raise ValueError("a mask without labels has no named volumes")
+        voxel = self.geometry.voxel_volume_ml
+        return {name: float((self.array == value).sum()) * voxel for name, value in self.labels.values.items()}
