@@ -1,0 +1,64 @@
+"""Losses over logits and index labels, and their weighting under deep supervision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from monai.losses import DeepSupervisionLoss, DiceLoss
+from monai.networks.utils import one_hot
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class DiceCrossEntropy(nn.Module):
+    """Soft Dice over the foreground plus cross-entropy, both over softmax, with equal weight.
+
+    Logits (N, C, *spatial), labels (N, 1, *spatial) of indices; a scalar comes out, 0 at best. Computed in float32:
+    Dice sums overflow in float16.
+
+    Args:
+        batch: sum Dice over the whole batch rather than a sample.
+        ignore_index: label of voxels that count in neither part.
+    """
+
+    def __init__(self, batch: bool = False, ignore_index: int | None = None) -> None:
+        super().__init__()
+        self.dice = DiceLoss(include_background=False, batch=batch)
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch."""
+        logits = logits.float()
+        target = labels[:, 0].long()
+        entropy = F.cross_entropy(logits, target, ignore_index=-100 if self.ignore_index is None else self.ignore_index)
+        probabilities = torch.softmax(logits, dim=1)
+        if self.ignore_index is None:
+            return entropy + self.dice(probabilities, one_hot(labels.long(), logits.shape[1]))
+        valid = labels != self.ignore_index
+        hot = one_hot(torch.where(valid, labels, 0).long(), logits.shape[1])
+        if not valid.any():  # cross-entropy over no voxel is NaN
+            return 0.0 * logits.sum()
+        return entropy + self.dice(probabilities * valid, hot * valid)
+
+
+LOSSES: dict[str, Callable[..., nn.Module]] = {"dice_ce": DiceCrossEntropy}
+
+
+def supervision_weights(levels: int) -> list[float]:
+    """Weights of the decoder levels, highest resolution first, of sum 1: halved from level to level.
+
+    The coarsest of several levels gets 0, as in nnU-Net.
+    """
+    weights = [0.5**n for n in range(levels)]
+    if levels > 1:
+        weights[-1] = 0.0
+    return [w / sum(weights) for w in weights]
+
+
+def build_loss(
+    name: str, *, batch: bool, ignore_index: int | None, levels: int
+) -> Callable[[Tensor | list[Tensor], Tensor], Tensor]:
+    """The loss of a network's output: of one tensor, or of the list of ``levels`` tensors of deep supervision."""
+    loss: nn.Module = LOSSES[name](batch=batch, ignore_index=ignore_index)
+    return DeepSupervisionLoss(loss, weights=supervision_weights(levels)) if levels > 1 else loss
