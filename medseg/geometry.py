@@ -86,8 +86,8 @@ class Reorientation:
         """Reorient the last three axes of an array (a view, no copy)."""
         lead = array.ndim - 3
         moved = array.transpose(*range(lead), *(lead + a for a in self.axes))
-        steps = tuple(slice(None, None, -1 if flip else 1) for flip in self.flips)
-        return moved[(..., *steps)]
+        i, j, k = (slice(None, None, -1 if flip else 1) for flip in self.flips)
+        return moved[..., i, j, k]
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,7 @@ class Record(BaseModel):
             head, _, path = name.strip().partition(".")
             if not separator or head != prefix or not path:
                 raise PlanError(f"--set {setting}", "not a setting", f"{prefix}.FIELD=VALUE")
-            _replace(body, path.split("."), _parse_value(text.strip()), setting)
+            _replace(body, [prefix, *path.split(".")], _parse_value(text.strip()), setting)
             names.append(setting)
         return type(self).checked(body, f"--set {' '.join(names)}", PlanError)
 
@@ -120,11 +120,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not.
 
-    The temporary file keeps the name's ending (writers choose the format by it). It is synced to disk before the
+    The temporary file keeps the name's ending (writers choose the format by it; 50 characters of at most 4 bytes stay
+    below the 255 bytes that a file name may have). It is synced to disk before the
     rename and the folder after it, so that a crash leaves the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name[-80:]}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name[-50:]}")
     try:
         yield temporary
         _sync(temporary)
@@ -176,11 +177,11 @@ def _parse_value(text: str) -> Any:
 
 
 def _replace(body: Any, path: list[str], value: Any, setting: str) -> None:
-    for depth, name in enumerate(path):
+    for depth, name in enumerate(path[1:], start=1):
         key: Any = int(name) if isinstance(body, list) and name.isdigit() else name
         known = list(body) if isinstance(body, dict) else [str(i) for i in range(len(body))] if _is_list(body) else []
         if str(key) not in known:
-            where = ".".join(["plan", *path[:depth]])
+            where = ".".join(path[:depth])
             raise PlanError(
                 f"--set {setting}", f"{where} has no field {name!r}", f"one of {', '.join(known) or 'nothing'}"
             )

@@ -19,7 +19,7 @@ class Labels(Record):
     """Names of the integers in a mask.
 
     Attributes:
-        values: name -> integer, background left out. Any integers but 0, which is background.
+        values: name -> integer, background left out. Any integers of 32 bits but 0, which is background; 254 at most.
         regions: name -> the integers it unites, scored beside the classes (as "whole tumour").
         ignore: the integer of voxels that no one labelled: left out of loss, sampling and scores.
     """
@@ -35,6 +35,8 @@ class Labels(Record):
             raise ValueError("at least one label besides the background is needed")
         if 0 in numbers or self.ignore == 0:
             raise ValueError("0 is background and needs no name")
+        if len(numbers) > 254 or any(abs(n) >= 2**31 for n in (*numbers, self.ignore or 0)):
+            raise ValueError("at most 254 labels, each an integer of 32 bits, can be handled")
         if len(set(numbers)) != len(numbers) or self.ignore in numbers:
             raise ValueError(f"each label needs an integer of its own; got {self.values}, ignore {self.ignore}")
         unknown = {v for members in self.regions.values() for v in members} - set(numbers)
@@ -90,7 +92,8 @@ class Labels(Record):
         kind = np.result_type(np.min_scalar_type(int(table.min())), np.min_scalar_type(int(table.max())))
         if kind not in (np.uint8, np.uint16):
             kind = np.dtype(np.int32)
-        return table.astype(kind)[indices]
+        values: NDArray[Any] = table.astype(kind)[indices]
+        return values
 
 
 @dataclass(frozen=True)

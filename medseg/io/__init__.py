@@ -126,7 +126,8 @@ def integral(array: NDArray[Any], where: object) -> NDArray[Any]:
     if array.dtype.kind in "iu":
         return array
     rounded = np.rint(array)
-    wrong = ~(np.abs(array - rounded) <= 1e-6)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity: NaN, which is wrong too
+        wrong = ~(np.abs(array - rounded) <= 1e-6)
     if wrong.any():
         example = array[wrong].flat[0]
         raise InputError(
@@ -134,7 +135,8 @@ def integral(array: NDArray[Any], where: object) -> NDArray[Any]:
         )
     if np.abs(rounded).max(initial=0) > np.iinfo(np.int32).max:
         raise InputError(where, f"a label value of {rounded.max():.3g}", "32-bit integers")
-    return rounded.astype(np.int32)
+    values: NDArray[Any] = rounded.astype(np.int32)
+    return values
 
 
 def describe_grid(item: Volume | Mask) -> str:

@@ -16,7 +16,7 @@ from medseg.geometry import Geometry
 from medseg.records import replacing
 from medseg.volume import Mask, Volume
 
-SUFFIXES = (".mha", ".mhd", ".nrrd")
+SUFFIXES: tuple[str, ...] = (".mha", ".mhd", ".nrrd")
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -48,8 +48,14 @@ def write(mask: Mask, path: Path) -> None:
 
 
 def from_simpleitk(image: Any) -> Volume:
-    """A SimpleITK image (2D or 3D, any number of components) as a Volume."""
+    """A SimpleITK image (2D or 3D, any number of components) as a Volume.
+
+    Raises:
+        InputError: complex voxels, or neither 2 nor 3 dimensions.
+    """
     array = _simpleitk().GetArrayFromImage(image)  # (K, J, I[, C])
+    if array.dtype.kind not in "iuf":
+        raise InputError("SimpleITK image", f"holds {array.dtype} voxels", "one real number a voxel and channel")
     if image.GetNumberOfComponentsPerPixel() == 1:
         array = array[..., np.newaxis]
     if image.GetDimension() == 2:

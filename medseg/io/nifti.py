@@ -17,6 +17,7 @@ import nibabel
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medseg.errors import InputError, UnreadableFile
@@ -24,15 +25,16 @@ from medseg.geometry import Geometry
 from medseg.records import replacing
 from medseg.volume import Mask, Volume
 
-SUFFIXES = (".nii.gz", ".nii", ".hdr", ".hdr.gz", ".img", ".img.gz")
+SUFFIXES: tuple[str, ...] = (".nii.gz", ".nii", ".hdr", ".hdr.gz", ".img", ".img.gz")
 MAX_IMAGE_BYTES = 2**36
 """Largest image that a header may claim, 64 GiB."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _DEFLATE_MAX_RATIO = 1032  # no deflate stream expands further, so a larger claim cannot be true (zlib, technical note)
 _GEOMETRY_FIELDS = (
-    "qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y qoffset_z srow_x srow_y srow_z xyzt_units"
-).split()
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
+)
 _METRE, _MICRON = 1, 3
 _REPLACE = "copy the file again from its source"
 
@@ -51,10 +53,12 @@ def read(path: Path) -> Volume:
     header = _read_header(header_path)
     if not data_path.exists():
         raise UnreadableFile(path, f"its other half {data_path.name} is missing", "a .hdr beside its .img")
-    content = _read_bytes(data_path, _expected_bytes(header, data_path))
+    if header_path == data_path and float(header["vox_offset"]) < int(header["sizeof_hdr"]):
+        raise UnreadableFile(path, "the header places the voxels inside itself", "voxels behind the header", _REPLACE)
     warnings: list[str] = []
+    content = _read_bytes(data_path, _expected_bytes(header, data_path), warnings)
     array = _pixels(header, content, data_path, warnings)
-    geometry = Geometry(array.shape[1:], _affine(header, path, warnings))  # type: ignore[arg-type]
+    geometry = Geometry(array.shape[1:], _affine(header, path, warnings))
     if geometry.is_sheared:
         warnings.append(f"voxel axes are not orthogonal (cosine {geometry.shear:.4f}): handled on a straight grid")
     return Volume(array, geometry, (path,), header, tuple(warnings))
@@ -65,11 +69,17 @@ def write(mask: Mask, path: Path) -> None:
 
     Shape and affine are the mask's. Where it has a NIfTI header whose affine is the mask's, that header's geometry
     fields and codes go into the file bit for bit.
+
+    Raises:
+        InputError: the path ends in neither .nii nor .nii.gz.
     """
+    name = path.name.lower()
+    if not name.endswith((".nii", ".nii.gz")):
+        raise InputError(path, "an image of two files cannot be replaced at once", ".nii or .nii.gz")
     header = _header_for(mask)
     body = header.binaryblock + b"\0\0\0\0" + np.asarray(mask.array).tobytes(order="F")
     with replacing(path) as temporary:
-        if path.name.endswith(".gz"):
+        if name.endswith(".gz"):
             with temporary.open("wb") as file, gzip.GzipFile("", "wb", 3, file, mtime=0) as stream:
                 stream.write(body)
         else:
@@ -77,21 +87,26 @@ def write(mask: Mask, path: Path) -> None:
 
 
 def from_nibabel(image: Any) -> Volume:
-    """A nibabel image in memory as a Volume (channels last become channels first)."""
+    """A nibabel image in memory as a Volume (channels last become channels first).
+
+    Raises:
+        InputError: voxels that are no real numbers, more than 4 dimensions, or an affine that cannot be used.
+    """
     array = np.asanyarray(image.dataobj)
+    if array.dtype.kind not in "iuf":
+        raise InputError("nibabel image", f"holds {array.dtype} voxels", "one real number a voxel and channel")
     if array.ndim not in (2, 3, 4):
         raise InputError("nibabel image", f"has {array.ndim} dimensions", "2, 3 or 4 (the last is channels)")
     channels_first = _channels_first(array.reshape(array.shape + (1,) * (3 - array.ndim)))
     header = image.header if isinstance(image.header, Nifti1Header) else None
-    return Volume(channels_first, Geometry(channels_first.shape[1:], image.affine), (), header)  # type: ignore[arg-type]
+    _check_affine(image.affine, "nibabel image")
+    return Volume(channels_first, Geometry(channels_first.shape[1:], image.affine), (), header)
 
 
 def to_nibabel(mask: Mask) -> Any:
     """A mask as a nibabel image, with the geometry fields of the header it was read with."""
     kind = nibabel.Nifti2Image if isinstance(mask.header, Nifti2Header) else nibabel.Nifti1Image
-    image = kind(mask.array, None, _header_for(mask))
-    image.set_sform(mask.geometry.affine, int(image.header["sform_code"]) or 2, update_affine=True)
-    return image
+    return kind(mask.array, mask.geometry.affine, _header_for(mask))
 
 
 def _pair(path: Path) -> tuple[Path, Path]:
@@ -158,10 +173,10 @@ def _expected_bytes(header: Nifti1Header, path: Path) -> int:
         raise UnreadableFile(path, f"the header places the voxels at byte {offset}", "a sane offset", _REPLACE)
     try:
         item = header.get_data_dtype().itemsize
-    except (nibabel.spatialimages.HeaderDataError, KeyError):
+    except (HeaderDataError, KeyError):
         raise InputError(path, f"unknown number type (NIfTI code {int(header['datatype'])})") from None
     size = int(offset)
-    count = item
+    count: int = item
     for n in dims[1 : dims[0] + 1]:
         count *= n  # Python integers: no overflow
     size += count
@@ -177,7 +192,7 @@ def _expected_bytes(header: Nifti1Header, path: Path) -> int:
     return size
 
 
-def _read_bytes(path: Path, expected: int) -> bytes:
+def _read_bytes(path: Path, expected: int, warnings: list[str]) -> bytes:
     """The first ``expected`` bytes of a file, read to its end so that a gzip's CRC and length are checked."""
     with _open(path) as stream:
         content = _checked_read(path, stream, expected)
@@ -190,6 +205,8 @@ def _read_bytes(path: Path, expected: int) -> bytes:
             surplus += len(chunk)
             if surplus > 1 << 24:
                 raise UnreadableFile(path, "holds far more data than its header says", f"{expected:,} bytes", _REPLACE)
+    if surplus:
+        warnings.append(f"{surplus:,} bytes after the image were ignored")
     return content
 
 
@@ -205,14 +222,20 @@ def _pixels(header: Nifti1Header, content: bytes, path: Path, warnings: list[str
             warnings.append("a fourth dimension of length 1 was dropped")
     if len(shape) > 4:
         raise InputError(path, f"has {len(shape)} dimensions {tuple(shape)}", "3, or 4 with channels last")
-    slope, intercept = header.get_slope_inter()
     shape += [1] * (3 - len(shape))
-    offset = int(float(header["vox_offset"])) if header["magic"].item() in (b"n+1", b"n+2") else 0
+    offset = int(header["vox_offset"])
     array = np.frombuffer(content, dtype=kind, count=int(np.prod(shape)), offset=offset).reshape(shape, order="F")
-    array = array.astype(kind.newbyteorder("="), copy=False)
-    if slope is not None and (slope, intercept or 0.0) != (1.0, 0.0):
-        array = array.astype(np.float64) * slope + (intercept or 0.0)
-    return _channels_first(array)
+    return _channels_first(_scaled(array.astype(kind.newbyteorder("="), copy=False), header, path))
+
+
+def _scaled(array: NDArray[Any], header: Nifti1Header, path: Path) -> NDArray[Any]:
+    """Apply slope and intercept; a slope of 0 or NaN means none (NIfTI-1 standard, ``scl_slope``)."""
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if not np.isfinite(slope) or slope == 0 or (slope, intercept) == (1.0, 0.0):
+        return array
+    if not np.isfinite(intercept):
+        raise InputError(path, f"the intercept is {intercept}", "a finite number", _REPLACE)
+    return np.asarray(array.astype(np.float64) * slope + intercept)
 
 
 def _channels_first(array: NDArray[Any]) -> NDArray[Any]:
@@ -229,6 +252,8 @@ def _affine(header: Nifti1Header, path: Path, warnings: list[str]) -> NDArray[np
         affine = np.asarray(header.get_sform(), dtype=np.float64)
     elif qform is not None:
         affine = qform
+    elif qform_code > 0:
+        raise InputError(path, "the quaternion of its qform is no rotation", "a valid qform or sform", _REPLACE)
     else:
         raise InputError(
             path,
@@ -249,11 +274,13 @@ def _qform(header: Nifti1Header, code: int) -> NDArray[np.float64] | None:
         return None
     try:
         return np.asarray(header.get_qform(), dtype=np.float64)
-    except (nibabel.spatialimages.HeaderDataError, ValueError):
+    except (HeaderDataError, ValueError):
         return None
 
 
-def _check_affine(affine: NDArray[np.float64], path: Path) -> None:
+def _check_affine(affine: NDArray[np.float64] | None, path: object) -> None:
+    if affine is None:
+        raise InputError(path, "has no affine", "an image with orientation")
     if not np.isfinite(affine).all():
         raise InputError(path, "the affine has a value that is not finite", "finite numbers", _REPLACE)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)

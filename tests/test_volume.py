@@ -1,0 +1,87 @@
+"""Volume, Mask and Labels: names, integers and millilitres."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from medseg.errors import InputError
+from medseg.geometry import Geometry
+from medseg.volume import Labels, Mask
+
+GRID = Geometry((2, 2, 1), np.diag([2.0, 2.0, 2.5, 1.0]))  # a voxel is 10 mm3
+
+
+def test_names_follow_the_integers() -> None:
+    labels = Labels(values={"kidney": 7, "liver": 2}, regions={"organs": (2, 7)}, ignore=255)
+    assert labels.names == ("liver", "kidney")
+    assert labels.count == 3
+    assert labels.ignore_index == 3
+    assert Labels(values={"liver": 2}).ignore_index is None
+
+
+def test_integers_become_indices_and_come_back() -> None:
+    labels = Labels(values={"kidney": 700, "liver": 2}, ignore=-1)
+    array = np.array([[0, 700], [2, -1]])
+    indices = labels.to_indices(array)
+    assert indices.tolist() == [[0, 2], [1, 3]]
+    assert indices.dtype == np.uint8
+    assert labels.to_values(indices).tolist() == array.tolist()
+    assert labels.to_values(indices).dtype == np.int32
+
+
+@pytest.mark.parametrize(("largest", "kind"), [(255, np.uint8), (256, np.uint16), (65536, np.int32)])
+def test_values_take_the_smallest_fitting_type(largest: int, kind: type) -> None:
+    assert Labels(values={"a": largest}).to_values(np.array([0, 1])).dtype == kind
+
+
+integers = st.integers(-(2**31) + 1, 2**31 - 1).filter(bool)
+
+
+@given(st.lists(integers, min_size=1, max_size=30, unique=True), st.data())
+def test_any_integers_make_the_round_trip(values: list[int], data: st.DataObject) -> None:
+    ignore = data.draw(st.none() | integers.filter(lambda n: n not in values))
+    labels = Labels(values={f"class {v}": v for v in values}, ignore=ignore)
+    allowed = [0, *values] + ([] if ignore is None else [ignore])
+    array = np.array(data.draw(st.lists(st.sampled_from(allowed), max_size=50)), dtype=np.int64)
+    indices = labels.to_indices(array)
+    assert indices.max(initial=0) < labels.count + (ignore is not None)
+    np.testing.assert_array_equal(labels.to_values(indices), array)
+
+
+def test_an_integer_without_a_name_is_refused_and_named() -> None:
+    with pytest.raises(InputError, match=r"case 7: label values \[3, 9\]"):
+        Labels(values={"a": 1}).to_indices(np.array([0, 1, 9, 3]), "case 7")
+    assert Labels(values={"a": 1}, ignore=9).unknown(np.array([0, 1, 9, 3])) == [3]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"values": {}}, "at least one label"),
+        ({"values": {"a": 0}}, "0 is background"),
+        ({"values": {"a": 1}, "ignore": 0}, "0 is background"),
+        ({"values": {"a": 1, "b": 1}}, "an integer of its own"),
+        ({"values": {"a": 1}, "ignore": 1}, "an integer of its own"),
+        ({"values": {"a": 1}, "regions": {"r": (1, 2)}}, r"\[2\] that no label has"),
+        ({"values": {str(n): n for n in range(1, 256)}}, "at most 254"),
+        ({"values": {"a": 2**31}}, "32 bits"),
+        ({"values": {"a": 1.5}}, "integer"),
+    ],
+)
+def test_contradictory_labels_are_refused(body: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Labels.model_validate(body)
+
+
+def test_volumes_in_millilitres() -> None:
+    mask = Mask(np.array([[[1], [1]], [[4], [0]]]), GRID, Labels(values={"a": 1, "b": 4, "c": 5}))
+    assert mask.volumes_ml() == pytest.approx({"a": 0.02, "b": 0.01, "c": 0.0})
+
+
+def test_a_mask_without_labels_has_no_volumes() -> None:
+    with pytest.raises(ValueError, match="without labels"):
+        Mask(np.zeros((2, 2, 1), np.uint8), GRID).volumes_ml()
