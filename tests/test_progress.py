@@ -7,8 +7,7 @@ from medseg.progress import silent, track
 
 def test_track_yields_every_item_and_reports_after_it() -> None:
     seen: list[object] = []
-    for item in track(["a", "b"], "reading", lambda work, fraction, note: seen.append((work, fraction, note))):
-        seen.append(item)
+    seen.extend(track(["a", "b"], "reading", lambda work, fraction, note: seen.append((work, fraction, note))))
     assert seen == ["a", ("reading", 0.5, ""), "b", ("reading", 1.0, "")]
 
 

@@ -61,7 +61,9 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_digest_ignores_key_order_and_nothing_else() -> None:
-    expected = "0855bfc20eb6cfaa4be7d6b510c63dd22997718bddadcb1a4915cec3a16145b9"  # printf '{"a":1,"b":[2]}' | sha256sum
+    expected = (
+        "0855bfc20eb6cfaa4be7d6b510c63dd22997718bddadcb1a4915cec3a16145b9"  # printf '{"a":1,"b":[2]}' | sha256sum
+    )
     assert digest_of({"b": [2], "a": 1}) == digest_of({"a": 1, "b": [2]}) == expected
     assert digest_of({"a": 1}) != digest_of({"a": 2})
 
@@ -88,7 +90,7 @@ def test_a_record_is_frozen() -> None:
 def test_load_refuses_with_the_reason_and_the_file(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "record.json"
     path.write_text(text)
-    with pytest.raises(InputError, match="record.json") as caught:
+    with pytest.raises(InputError, match=r"record\.json") as caught:
         Outer.load(path)
     assert words in str(caught.value)
 

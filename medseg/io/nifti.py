@@ -8,8 +8,10 @@ and nothing else of it (free-text fields can hold patient data).
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +120,19 @@ def _pair(path: Path) -> tuple[Path, Path]:
     return path, path
 
 
-def _open(path: Path) -> Any:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file's bytes as a stream, unpacked where they begin as gzip does, whatever the file is called."""
     try:
         file = path.open("rb")
     except OSError as failure:
         raise UnreadableFile(path, f"cannot be opened: {failure.strerror}", "a readable NIfTI file") from None
-    magic = file.read(2)
-    file.seek(0)
-    if not magic:
-        file.close()
-        raise UnreadableFile(path, "is empty (0 bytes)", "a NIfTI file", _REPLACE)
-    return gzip.GzipFile(fileobj=file) if magic == _GZIP_MAGIC else file
+    with file:
+        magic = file.read(2)
+        file.seek(0)
+        if not magic:
+            raise UnreadableFile(path, "is empty (0 bytes)", "a NIfTI file", _REPLACE)
+        yield gzip.GzipFile(fileobj=file) if magic == _GZIP_MAGIC else file
 
 
 def _checked_read(path: Path, stream: Any, count: int) -> bytes:
@@ -143,7 +147,7 @@ def _checked_read(path: Path, stream: Any, count: int) -> bytes:
 
 
 def _read_header(path: Path) -> Nifti1Header:
-    with _open(path) as stream:
+    with _opened(path) as stream:
         head = _checked_read(path, stream, 544)
     for kind, size, magics in (
         (Nifti1Header, 348, (b"n+1\0", b"ni1\0")),
@@ -194,7 +198,7 @@ def _expected_bytes(header: Nifti1Header, path: Path) -> int:
 
 def _read_bytes(path: Path, expected: int, warnings: list[str]) -> bytes:
     """The first ``expected`` bytes of a file, read to its end so that a gzip's CRC and length are checked."""
-    with _open(path) as stream:
+    with _opened(path) as stream:
         content = _checked_read(path, stream, expected)
         if len(content) < expected:
             raise UnreadableFile(
