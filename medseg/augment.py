@@ -50,7 +50,9 @@ def build_transform(configuration: Configuration) -> Compose:
     if training.augmentation == "none":
         return Compose([crop, *mirror])
     full = training.augmentation == "full"
-    return Compose([*_spatial(configuration, full), crop, *(_intensity_full() if full else _intensity_light()), *mirror])
+    return Compose(
+        [*_spatial(configuration, full), crop, *(_intensity_full() if full else _intensity_light()), *mirror]
+    )
 
 
 def _spatial(configuration: Configuration, full: bool) -> list[Transform]:

@@ -13,42 +13,73 @@ from torch.optim import SGD, AdamW, Optimizer
 from medseg.plan import TrainingPlan
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_ADAM_LEARNING_RATE = 2e-3
+ADAM_LEARNING_RATE = 2e-3
+"""Of the parameters that ``Muon`` leaves to AdamW."""
 
 
 class Muon(Optimizer):
-    """Momentum whose update for each convolution kernel is replaced by its nearest orthogonal matrix.
+    """Momentum whose update of each convolution kernel is replaced by its nearest orthogonal matrix; AdamW for the rest.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (kellerjordan.github.io/posts/muon):
     the momentum, seen as a matrix out_channels x (in_channels * kernel voxels), is orthogonalised by five
     Newton-Schulz steps with the quintic coefficients given there, and scaled by sqrt(max(1, rows / columns)). Where
-    gradients are few, as in a training of minutes, this makes each of them move all directions of a kernel. Biases, norms,
-    first and last layers are left to AdamW, as advised there.
+    gradients are few, as in a training of minutes, this makes each of them move all directions of a kernel. Biases,
+    norms, the first and the last layer are left to AdamW, as advised there.
 
     Args:
-        kernels: parameters of two dimensions or more.
-        lr: learning rate; it is the size of the update in spectral norm.
+        kernels: parameters of two dimensions or more, to be orthogonalised.
+        others: parameters for AdamW, with learning rate ``ADAM_LEARNING_RATE`` times the same schedule.
+        lr: learning rate of the kernels: the size of an update in spectral norm.
         momentum: decay of the running gradient (Nesterov form).
-        weight_decay: decoupled.
+        weight_decay: decoupled, for all.
     """
 
-    def __init__(self, kernels: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(kernels, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(
+        self, kernels: Iterable[Tensor], others: Iterable[Tensor], lr: float, momentum: float, weight_decay: float
+    ) -> None:
+        shared = {"momentum": momentum, "weight_decay": weight_decay}
+        groups = [
+            {"params": list(kernels), "lr": lr, "orthogonal": True},
+            {"params": list(others), "lr": ADAM_LEARNING_RATE, "orthogonal": False},
+        ]
+        super().__init__([group for group in groups if group["params"]], shared)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every kernel that has a gradient; ``closure`` is not supported."""
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; what ``closure`` returns, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                running = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                running.lerp_(parameter.grad, 1 - group["momentum"])
-                update = orthogonalised(parameter.grad.lerp(running, group["momentum"]).flatten(1))
-                rows, columns = update.shape
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = max(1.0, rows / columns) ** 0.5
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    move = self._orthogonal_move if group["orthogonal"] else self._adam_move
+                    parameter.add_(move(parameter, group["momentum"]), alpha=-group["lr"])
+        return loss
+
+    def _orthogonal_move(self, parameter: Tensor, momentum: float) -> Tensor:
+        running = self._running(parameter, "momentum").lerp_(parameter.grad, 1 - momentum)  # type: ignore[arg-type]
+        matrix = parameter.grad.lerp(running, momentum).flatten(1)  # type: ignore[union-attr]
+        scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+        return orthogonalised(matrix).view_as(parameter) * scale
+
+    def _adam_move(self, parameter: Tensor, momentum: float) -> Tensor:
+        """AdamW's step (Loshchilov and Hutter 2019) with betas (0.9, 0.99)."""
+        first, second, steps = (self._running(parameter, name) for name in ("first", "second", "steps"))
+        steps += 1
+        first.lerp_(parameter.grad, 0.1)  # type: ignore[arg-type]
+        second.lerp_(parameter.grad.square(), 0.01)  # type: ignore[union-attr]
+        return (first / (1 - 0.9**steps)) / ((second / (1 - 0.99**steps)).sqrt() + 1e-8)
+
+    def _running(self, parameter: Tensor, name: str) -> Tensor:
+        """A tensor kept for a parameter between steps, zeros at first; ``steps`` is a single number."""
+        state = self.state[parameter]
+        if name not in state:
+            state[name] = torch.zeros((), device=parameter.device) if name == "steps" else torch.zeros_like(parameter)
+        kept: Tensor = state[name]
+        return kept
 
 
 def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -57,34 +88,28 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
     A zero matrix stays zero.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = matrix / (matrix.norm() + 1e-7)
+    x = matrix.float() / (matrix.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T
     for _ in range(steps):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    return (x.T if tall else x).to(matrix.dtype)
 
 
-def build_optimisers(network: nn.Module, plan: TrainingPlan) -> list[Optimizer]:
-    """The optimisers of a plan: one, or for ``muon`` that and AdamW for what is no inner kernel."""
+def build_optimiser(network: nn.Module, plan: TrainingPlan) -> Optimizer:
+    """The optimiser of a plan over all parameters of a network."""
     parameters = dict(network.named_parameters())
+    rate, momentum, decay = plan.learning_rate, plan.momentum, plan.weight_decay
     if plan.optimiser == "sgd":
-        return [
-            SGD(parameters.values(), plan.learning_rate, plan.momentum, weight_decay=plan.weight_decay, nesterov=True)
-        ]
+        return SGD(parameters.values(), rate, momentum, weight_decay=decay, nesterov=True)
     if plan.optimiser == "adamw":
-        betas = (plan.momentum, 0.99)
-        return [AdamW(parameters.values(), plan.learning_rate, betas, weight_decay=plan.weight_decay)]
-    outer = {next(iter(parameters)), *(name for name in parameters if name.startswith("heads."))}
-    inner = {name for name, p in parameters.items() if p.ndim > 2 and name not in outer}
-    kernels = [p for name, p in parameters.items() if name in inner]
-    rest = [p for name, p in parameters.items() if name not in inner]
-    return [
-        Muon(kernels, plan.learning_rate, plan.momentum, plan.weight_decay),
-        AdamW(rest, _ADAM_LEARNING_RATE, (0.9, 0.99), weight_decay=plan.weight_decay),
-    ]
+        return AdamW(parameters.values(), rate, (momentum, 0.99), weight_decay=decay)
+    first = next(iter(parameters))
+    kernels = [p for name, p in parameters.items() if p.ndim > 2 and name != first and not name.startswith("heads.")]
+    chosen = {id(p) for p in kernels}
+    return Muon(kernels, (p for p in parameters.values() if id(p) not in chosen), rate, momentum, decay)
 
 
 def _poly(done: float) -> float:
@@ -104,6 +129,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"poly": _poly, "cosine": _cosi
 
 
 def learning_rate_factor(plan: TrainingPlan, iteration: int, done: float) -> float:
-    """Fraction of each optimiser's learning rate at an iteration, with ``done`` of the budget spent."""
+    """Fraction of the learning rate at an iteration, with ``done`` of the budget spent."""
     warm = min(1.0, (iteration + 1) / plan.warmup) if plan.warmup else 1.0
     return warm * SCHEDULES[plan.schedule](min(max(done, 0.0), 1.0))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from medseg.errors import InputError, PackageError
 from medseg.networks import build_network
 from medseg.plan import Configuration, ConfigurationName, Plan
-from medseg.records import Record, replacing, write_bytes
+from medseg.records import Record, digest_of, replacing, write_bytes
 
 R = TypeVar("R", bound=Record)
 MANIFEST, PLAN, CARD = "package.json", "plan.json", "README.md"
@@ -83,6 +83,10 @@ class ModelPackage:
         """The configuration that the weights belong to."""
         return self.plan.configuration(self.manifest.configuration)
 
+    def only(self, fold: int) -> ModelPackage:
+        """The package with the weights of one fold alone, for predicting cases that this fold did not train on."""
+        return replace(self, weights={fold: self.weights[fold]}, digest=digest_of([self.digest, fold]))
+
     def networks(self) -> list[nn.Module]:
         """One network a fold, with its weights, in evaluation mode.
 
@@ -123,9 +127,7 @@ def save_package(
     for file, content in contents.items():
         write_bytes(folder / file, content)
     files = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
-    manifest = Manifest(
-        name=name, configuration=configuration, folds=dict(named), files=files, versions=dict(versions)
-    )
+    manifest = Manifest(name=name, configuration=configuration, folds=dict(named), files=files, versions=dict(versions))
     manifest.save(folder / MANIFEST)
     for path in (folder / "weights").iterdir():
         if f"weights/{path.name}" not in files:
@@ -142,7 +144,9 @@ def load_package(path: Path) -> ModelPackage:
     """
     files = _read_all(path)
     if MANIFEST not in files:
-        raise PackageError(path, f"has no {MANIFEST}", "a model package", "give the folder that `medseg run` calls package")
+        raise PackageError(
+            path, f"has no {MANIFEST}", "a model package", "give the folder that `medseg run` calls package"
+        )
     manifest = _record(Manifest, files[MANIFEST], f"{path}/{MANIFEST}")
     for name, digest in manifest.files.items():
         if name not in files:
@@ -184,7 +188,9 @@ def _record(kind: type[R], content: bytes, where: str) -> R:
         raise PackageError(where, f"is no JSON: {failure}") from None
     version = body.pop("schema_version", None) if isinstance(body, dict) else None
     if version != kind.schema_version:
-        raise PackageError(where, f"has schema version {version}", str(kind.schema_version), "use the medseg that made it")
+        raise PackageError(
+            where, f"has schema version {version}", str(kind.schema_version), "use the medseg that made it"
+        )
     try:
         return kind.checked(body, where)
     except InputError as failure:
@@ -203,7 +209,9 @@ def _tensors(content: bytes, name: str) -> dict[str, Tensor]:
 
 
 def _plan_bytes(plan: Plan) -> bytes:
-    return (json.dumps({"schema_version": plan.schema_version, **plan.model_dump(mode="json")}, indent=2) + "\n").encode()
+    return (
+        json.dumps({"schema_version": plan.schema_version, **plan.model_dump(mode="json")}, indent=2) + "\n"
+    ).encode()
 
 
 def _card(name: str, plan: Plan, configuration: str, folds: Mapping[int, FoldRecord]) -> str:
@@ -231,4 +239,3 @@ def _card(name: str, plan: Plan, configuration: str, folds: Mapping[int, FoldRec
         )
     lines += ["", "Use it with `medseg predict INPUT -m PACKAGE -o OUT`."]
     return "\n".join(lines) + "\n"
-

@@ -103,7 +103,9 @@ def prepare_cases(
         except MedsegError as failure:
             failed.append(f"{case.id}: {failure}")
     if failed:
-        raise DatasetError(dataset.name, "cases that cannot be prepared:\n  " + "\n  ".join(failed), "", "leave them out")
+        raise DatasetError(
+            dataset.name, "cases that cannot be prepared:\n  " + "\n  ".join(failed), "", "leave them out"
+        )
     return prepared
 
 

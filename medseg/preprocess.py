@@ -143,9 +143,7 @@ def plan_grid(cropped: Geometry, configuration: Configuration) -> tuple[tuple[in
     """Shape and spacing (mm) that a cropped grid in plan order takes on the plan grid; at least one voxel an axis."""
     pairs = list(zip(cropped.spacing, configuration.spacing_mm, strict=True))
     spacing = tuple(own if target is None else target for own, target in pairs)
-    sizes = [
-        max(1, round(own / new * n)) for own, new, n in zip(cropped.spacing, spacing, cropped.shape, strict=True)
-    ]
+    sizes = [max(1, round(own / new * n)) for own, new, n in zip(cropped.spacing, spacing, cropped.shape, strict=True)]
     return _three(sizes), spacing
 
 
@@ -187,5 +185,3 @@ def _matrix(affine: NDArray[np.float64]) -> Matrix:
 def _three(sizes: Iterable[int]) -> tuple[int, int, int]:
     first, second, third = (int(n) for n in sizes)
     return first, second, third
-
-

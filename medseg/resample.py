@@ -149,9 +149,7 @@ def cubic_operator(size: int, new_size: int) -> Float32:
     """
     if size == 1:
         return np.ones((new_size, 1), dtype=np.float32)
-    columns = [
-        ndimage.zoom(unit, new_size / size, order=3, mode="nearest", grid_mode=True) for unit in np.eye(size)
-    ]
+    columns = [ndimage.zoom(unit, new_size / size, order=3, mode="nearest", grid_mode=True) for unit in np.eye(size)]
     operator = np.stack(columns, axis=1).astype(np.float32)
     operator.flags.writeable = False
     return operator

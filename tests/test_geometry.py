@@ -18,9 +18,7 @@ ALL_48 = [
     for flips in itertools.product((False, True), repeat=3)
 ]
 ORIENTATIONS = [
-    "".join(letters)
-    for order in itertools.permutations(("RL", "AP", "SI"))
-    for letters in itertools.product(*order)
+    "".join(letters) for order in itertools.permutations(("RL", "AP", "SI")) for letters in itertools.product(*order)
 ]
 shapes = st.tuples(*[st.integers(1, 6)] * 3)
 angles = st.floats(-3.1, 3.1)
@@ -122,7 +120,9 @@ def test_all_48_orientations_of_one_image_give_one_canonical_array(g: Geometry, 
     np.testing.assert_array_equal(other.to("RAS").apply(other_image), g.to("RAS").apply(image))
 
 
-@pytest.mark.parametrize("turns", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (-1, 0, 0), (3, 0, 0)])
+@pytest.mark.parametrize(
+    "turns", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (-1, 0, 0), (3, 0, 0)]
+)
 def test_a_tie_at_exactly_45_degrees_is_broken_the_same_way_in_all_48(turns: tuple[int, int, int]) -> None:
     affine = np.eye(4)
     affine[:3, :3] = rotation(*(n * np.pi / 4 for n in turns)) * (1, 1.5, 2)

@@ -1,0 +1,351 @@
+"""The whole journey: check, fingerprint, plan, prepare, train, package, predict, evaluate.
+
+Each station writes into its own place under the output folder and is skipped when what it would make is there already,
+made from the same inputs (by digest, not by existence). So a run that was killed, or is called again with other
+choices, does only what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import medseg
+from medseg.dataset import Case, Dataset, Findings, Fold, check
+from medseg.engines import choose_device
+from medseg.errors import DatasetError, InputError, MedsegError
+from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, evaluate_cases
+from medseg.fingerprint import Fingerprint, measure
+from medseg.package import FoldRecord, load_package, save_package
+from medseg.patches import prepare_cases
+from medseg.plan import ConfigurationName, Plan
+from medseg.planning import make_plan, override_plan
+from medseg.predict import Predictor, PredictSettings, predict_cases
+from medseg.progress import Progress, silent
+from medseg.records import Record, digest_file, digest_of, read_json, remove_leftovers, write_json, write_text
+from medseg.report import markdown_summary, save_curve
+from medseg.train import LOG, WEIGHTS, TrainSettings, train_fold
+
+log = logging.getLogger(__name__)
+
+NOTICE = "Research software, not a medical device."
+DEFAULT_MEMORY_MB = 8192.0
+"""Memory that a plan may use where nothing else is said: nnU-Net's 8 GB."""
+
+
+class Recipe(Record):
+    """What a script in ``pipelines/`` adds to the facts in a dataset's ``dataset.json``.
+
+    Attributes:
+        task: the folder's name, as "Task04_Hippocampus".
+        configuration: that suits the task.
+        tolerance_mm: of NSD.
+        regions: unions of labels to score beside the labels.
+        overrides: plan settings, as ``plan.batch_size=4``.
+    """
+
+    task: str
+    configuration: ConfigurationName = "3d_fullres"
+    tolerance_mm: float = DEFAULT_TOLERANCE_MM
+    regions: dict[str, tuple[int, ...]] = {}
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        out: the folder that holds everything.
+        package: the trained model.
+        evaluation: of the held-out cases.
+        skipped_cases: unusable cases that were left out.
+        paths: what to look at, by what it is.
+    """
+
+    out: Path
+    package: Path
+    evaluation: Evaluation
+    skipped_cases: tuple[str, ...]
+    paths: dict[str, Path]
+
+
+def run(
+    dataset: Path | str,
+    out: Path | str,
+    *,
+    configuration: ConfigurationName = "3d_fullres",
+    folds: Sequence[int] | None = (0,),
+    train: TrainSettings | None = None,
+    memory_budget_mb: float = DEFAULT_MEMORY_MB,
+    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    regions: Mapping[str, tuple[int, ...]] | None = None,
+    overrides: Sequence[str] = (),
+    mirror: bool = False,
+    skip_bad_cases: bool = False,
+    progress: Progress = silent,
+) -> RunResult:
+    """Go from a dataset to a scored model.
+
+    Args:
+        dataset: a folder with ``dataset.json``.
+        out: where everything is written; calling again with the same folder goes on.
+        configuration: of the plan.
+        folds: numbers of the folds to train; None for all of them.
+        train: settings of training, the same for each fold.
+        memory_budget_mb: what a training step may take.
+        tolerance_mm: of NSD.
+        regions: unions of labels to score beside the labels.
+        overrides: plan settings.
+        mirror: average predictions over mirrored images.
+        skip_bad_cases: go on without the cases that ``check`` finds unusable.
+        progress: told how far each station is.
+
+    Raises:
+        DatasetError: cases are unusable and ``skip_bad_cases`` is not set; every one is listed.
+        PlanError: an override or the configuration is impossible.
+        TrainingError: training cannot go on.
+        InputError: another run is writing to ``out``.
+    """
+    out = Path(out)
+    settings = train or TrainSettings()
+    with writing_to(out):
+        data = Dataset.open(Path(dataset))
+        if regions:
+            data = replace(data, labels=data.labels.model_copy(update={"regions": dict(regions)}))
+        data, skipped = check_station(data, out, skip_bad_cases, progress)
+        plan = plan_station(data, out, settings.device, memory_budget_mb, configuration, overrides, progress)
+        chosen = chosen_folds(data, folds, out)
+        records = train_station(data, plan, configuration, chosen, out, settings, progress)
+        pairs = _predict_station(data, chosen, out, PredictSettings(device=settings.device, mirror=mirror), progress)
+        evaluation = evaluate_cases(pairs, plan.labels, tolerance_mm, progress)
+        return _write_results(data, evaluation, skipped, chosen, records, out)
+
+
+def check_station(
+    data: Dataset, out: Path, skip_bad_cases: bool = False, progress: Progress = silent
+) -> tuple[Dataset, tuple[str, ...]]:
+    """Check a dataset and take out its unusable cases; findings go to ``check.json``.
+
+    Raises:
+        DatasetError: there are unusable cases, and they are not to be skipped; or the dataset itself is unusable.
+    """
+    key = digest_of(["check", medseg.__version__, data.digest()])
+    findings = _kept(out / "check.json", Findings, key) or _keep(out / "check.json", check(data, progress), key)
+    for finding in findings.findings:
+        level = logging.WARNING if finding.unusable else logging.INFO
+        log.log(level, "%s: %s: %s. %s", finding.case or "dataset", finding.kind, finding.found, finding.remedy)
+    bad = tuple(case for case in findings.unusable_cases if case in {c.id for c in data.cases})
+    if bad and not skip_bad_cases:
+        listed = "\n  ".join(f"{f.case}: {f.found}" for f in findings.findings if f.case in bad and f.unusable)
+        raise DatasetError(
+            data.root,
+            f"{len(bad)} of {len(data.cases)} cases cannot be used:\n  {listed}\n",
+            "",
+            "correct them, or leave them out with --skip-bad-cases",
+        )
+    if bad:
+        log.warning("left out %d of %d cases: %s", len(bad), len(data.cases), ", ".join(bad))
+    return data.without(findings.unusable_cases), bad
+
+
+def plan_station(
+    data: Dataset,
+    out: Path,
+    device: str = "auto",
+    memory_budget_mb: float = DEFAULT_MEMORY_MB,
+    configuration: ConfigurationName = "3d_fullres",
+    overrides: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Plan:
+    """Measure the fingerprint and make the plan, each with its reason; ``fingerprint.json`` and ``plan.json``."""
+    key = digest_of(["fingerprint", medseg.__version__, data.digest()])
+    path = out / "fingerprint.json"
+    fingerprint = _kept(path, Fingerprint, key) or _keep(path, measure(data, progress), key)
+    kind: Literal["cpu", "gpu"] = "cpu" if choose_device(device).type == "cpu" else "gpu"
+    plan = make_plan(fingerprint, data.name, data.channels, data.labels, device=kind, memory_budget_mb=memory_budget_mb)
+    plan, messages = override_plan(plan, overrides, configuration)
+    for message in messages:
+        log.warning("plan: %s", message)
+    plan.configuration(configuration)
+    if not (out / "plan.json").exists() or Plan.load(out / "plan.json") != plan:
+        plan.save(out / "plan.json")
+        for field, reason in plan.reasons.items():
+            log.info("plan: %s: %s", field, reason)
+    return plan
+
+
+def versions() -> dict[str, str]:
+    """Versions of medseg and of what its results rest on."""
+    names = ("torch", "monai", "lightning-fabric", "numpy", "scipy", "nibabel", "safetensors")
+    return {
+        "medseg": medseg.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def train_station(
+    data: Dataset,
+    plan: Plan,
+    configuration: ConfigurationName,
+    chosen: Mapping[int, Fold],
+    out: Path,
+    settings: TrainSettings,
+    progress: Progress = silent,
+) -> dict[int, FoldRecord]:
+    """Prepare the cases, train each chosen fold, and put all of them into ``out/package``."""
+    prepared = {c.id: c for c in prepare_cases(data, plan, configuration, out / "prepared" / configuration, progress)}
+    records, weights = {}, {}
+    for number, fold in chosen.items():
+        folder = out / "training" / f"fold_{number}"
+        validation = [(data.case(case), prepared[case]) for case in fold.validation]
+        training = [prepared[case] for case in fold.train]
+        records[number] = train_fold(plan, configuration, training, validation, folder, settings, progress)
+        weights[number] = (folder / WEIGHTS).read_bytes()
+        if (folder / LOG).exists():
+            save_curve(folder / LOG, folder / "curve.png")
+    save_package(out / "package", data.name, plan, configuration, records, weights, versions())
+    return records
+
+
+def _predict_station(
+    data: Dataset, chosen: Mapping[int, Fold], out: Path, settings: PredictSettings, progress: Progress
+) -> list[tuple[str, Path, Path]]:
+    """Segment every fold's held-out cases with that fold's network alone; pairs for the evaluation."""
+    package = load_package(out / "package")
+    pairs = []
+    for number, fold in chosen.items():
+        folder = out / "predictions" / f"fold_{number}"
+        cases = [data.case(case) for case in fold.validation]
+        predict_cases(Predictor(package.only(number), settings), cases, folder, overwrite=True, progress=progress)
+        pairs += [(case.id, folder / f"{case.id}.nii.gz", _label(case)) for case in cases]
+    return pairs
+
+
+def _label(case: Case) -> Path:
+    if case.label is None:
+        raise InputError(case.id, "has no label file", "a labelled case")
+    return case.label
+
+
+def _write_results(
+    data: Dataset,
+    evaluation: Evaluation,
+    skipped: tuple[str, ...],
+    chosen: Mapping[int, Fold],
+    records: Mapping[int, FoldRecord],
+    out: Path,
+) -> RunResult:
+    paths = {
+        "model package": out / "package",
+        "masks": out / "predictions",
+        "scores": out / "evaluation" / "scores.csv",
+        "summary": out / "summary.md",
+        "plan": out / "plan.json",
+        "log": out / "log.txt",
+    }
+    evaluation.save(out / "evaluation" / "evaluation.json")
+    evaluation.save_csv(paths["scores"])
+    lines = [f"# {data.name}", "", NOTICE, "", f"Held-out cases of folds {', '.join(map(str, chosen))}.", ""]
+    if skipped:
+        lines += [f"Left out as unusable ({len(skipped)}): {', '.join(skipped)}. See check.json.", ""]
+    write_text(paths["summary"], "\n".join(lines) + markdown_summary(evaluation))
+    run_record = {
+        "notice": NOTICE,
+        "dataset": data.name,
+        "cases": len(data.cases),
+        "skipped_cases": list(skipped),
+        "folds": {str(n): record.model_dump(mode="json") for n, record in records.items()},
+        "mean": evaluation.mean.model_dump(mode="json"),
+        "tolerance_mm": evaluation.tolerance_mm,
+        "versions": versions(),
+    }
+    write_json(out / "run.json", run_record)
+    return RunResult(out, out / "package", evaluation, skipped, paths)
+
+
+def chosen_folds(data: Dataset, wanted: Sequence[int] | None, out: Path) -> dict[int, Fold]:
+    """The folds to train, by number; all lists of ids go to ``folds.json``."""
+    all_folds = data.folds()
+    write_json(out / "folds.json", [{"train": list(f.train), "validation": list(f.validation)} for f in all_folds])
+    numbers = range(len(all_folds)) if wanted is None else wanted
+    for number in numbers:
+        if not 0 <= number < len(all_folds):
+            raise InputError("--folds", f"there is no fold {number}", f"0 to {len(all_folds) - 1}, or all")
+    return {number: all_folds[number] for number in numbers}
+
+
+def _keep(path: Path, record: Any, key: str) -> Any:
+    """Save a station's record, and the digest of what it was made from beside it."""
+    record.save(path)
+    write_json(path.with_suffix(".key.json"), {"key": key, "digest": digest_file(path)})
+    return record
+
+
+def _kept(path: Path, kind: type[Record], key: str) -> Any:
+    """A station's record if it is there, unharmed, and made from the same inputs; else None."""
+    try:
+        mark = read_json(path.with_suffix(".key.json"))
+        if mark.get("key") == key and mark.get("digest") == digest_file(path):
+            return kind.load(path)
+    except (InputError, OSError):
+        pass
+    return None
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Hold an output folder: one writer at a time, what a killed run left half-written swept away, and a log kept.
+
+    Raises:
+        InputError: another process holds the folder.
+    """
+    with _sole_writer(out), _log_file(out / "log.txt"):
+        remove_leftovers(out)
+        yield
+
+
+@contextlib.contextmanager
+def _sole_writer(out: Path) -> Iterator[None]:
+    """Hold the output folder; a second run on it is refused. The system frees the hold when the process ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: no such lock
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                out, "another run is writing here", "one run a folder", "wait, or give another -o"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """Append what medseg logs to a file while the block runs."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("medseg")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except MedsegError as failure:
+        logger.error("%s", failure)
+        raise
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+        handler.close()
