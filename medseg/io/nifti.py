@@ -75,17 +75,17 @@ def write(mask: Mask, path: Path) -> None:
     Raises:
         InputError: the path ends in neither .nii nor .nii.gz.
     """
-    name = path.name.lower()
-    if not name.endswith((".nii", ".nii.gz")):
-        raise InputError(path, "an image of two files cannot be replaced at once", ".nii or .nii.gz")
-    header = _header_for(mask)
-    body = header.binaryblock + b"\0\0\0\0" + np.asarray(mask.array).tobytes(order="F")
-    with replacing(path) as temporary:
-        if name.endswith(".gz"):
-            with temporary.open("wb") as file, gzip.GzipFile("", "wb", 3, file, mtime=0) as stream:
-                stream.write(body)
-        else:
-            temporary.write_bytes(body)
+    _write(mask.array, _header_for(mask, mask.array), path)
+
+
+def write_volume(volume: Volume, path: Path) -> None:
+    """Write an image as ``write`` does a mask; several channels become the fourth dimension.
+
+    Raises:
+        InputError: the path ends in neither .nii nor .nii.gz.
+    """
+    array = volume.array[0] if len(volume.array) == 1 else np.moveaxis(volume.array, 0, -1)
+    _write(array, _header_for(volume, array), path)
 
 
 def from_nibabel(image: Any) -> Volume:
@@ -108,7 +108,20 @@ def from_nibabel(image: Any) -> Volume:
 def to_nibabel(mask: Mask) -> Any:
     """A mask as a nibabel image, with the geometry fields of the header it was read with."""
     kind = nibabel.Nifti2Image if isinstance(mask.header, Nifti2Header) else nibabel.Nifti1Image
-    return kind(mask.array, mask.geometry.affine, _header_for(mask))
+    return kind(mask.array, mask.geometry.affine, _header_for(mask, mask.array))
+
+
+def _write(array: NDArray[Any], header: Nifti1Header, path: Path) -> None:
+    name = path.name.lower()
+    if not name.endswith((".nii", ".nii.gz")):
+        raise InputError(path, "an image of two files cannot be replaced at once", ".nii or .nii.gz")
+    body = header.binaryblock + b"\0\0\0\0" + array.tobytes(order="F")
+    with replacing(path) as temporary:
+        if name.endswith(".gz"):
+            with temporary.open("wb") as file, gzip.GzipFile("", "wb", 3, file, mtime=0) as stream:
+                stream.write(body)
+        else:
+            temporary.write_bytes(body)
 
 
 def _pair(path: Path) -> tuple[Path, Path]:
@@ -294,21 +307,21 @@ def _check_affine(affine: NDArray[np.float64] | None, path: object) -> None:
         raise InputError(path, f"the spacing is {tuple(spacing.round(6))} mm", "0.001 to 1000 mm", "correct its unit")
 
 
-def _header_for(mask: Mask) -> Nifti1Header:
-    source = mask.header if isinstance(mask.header, Nifti1Header) else None
+def _header_for(item: Volume | Mask, array: NDArray[Any]) -> Nifti1Header:
+    source = item.header if isinstance(item.header, Nifti1Header) else None
     header = Nifti2Header() if isinstance(source, Nifti2Header) else Nifti1Header()
-    header.set_data_dtype(mask.array.dtype)
-    header.set_data_shape(mask.array.shape)
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
     header["magic"] = b"n+2" if isinstance(header, Nifti2Header) else b"n+1"
     header["vox_offset"] = 544 if isinstance(header, Nifti2Header) else 352
-    if source is not None and _gives_affine(source, mask.geometry.affine):
+    if source is not None and _gives_affine(source, item.geometry.affine):
         for name in _GEOMETRY_FIELDS:
             header[name] = source[name]
         header["pixdim"][:4] = source["pixdim"][:4]
     else:
-        header.set_qform(mask.geometry.affine, 2)
-        header.set_sform(mask.geometry.affine, 2)
+        header.set_qform(item.geometry.affine, 2)
+        header.set_sform(item.geometry.affine, 2)
         header.set_xyzt_units("mm")
     return header
 
@@ -316,4 +329,3 @@ def _header_for(mask: Mask) -> Nifti1Header:
 def _gives_affine(header: Nifti1Header, affine: NDArray[np.float64]) -> bool:
     own = header.get_sform() if int(header["sform_code"]) > 0 else _qform(header, int(header["qform_code"]))
     return own is not None and np.array_equal(np.asarray(own, dtype=np.float64), affine)
-
