@@ -164,7 +164,7 @@ class Dataset:
         _require_files(cases, root, listing)
         absent = [case for case in apart if not all(file.exists() for file in case.images)]
         faults += test_faults + both + _absent_tests(absent, apart) + _miscount(body, training)
-        faults += _surplus(root, listing, [*cases, *apart])
+        faults += _surplus(root, listing, [*training, *test])
         present = tuple(case for case in apart if case not in absent)
         name = str(body.get("name") or root.resolve().name)
         return cls(name, root, channels, labels, cases, present, tuple(faults))
