@@ -1,0 +1,336 @@
+"""Evaluate: masks against references, from files. Needs no model and no torch.
+
+Every case counts. A prediction that is missing, unreadable, on another grid or with unknown values fails and has the
+worst scores; a reference that cannot be used is listed, as there is nothing to score against. Nothing is resampled:
+scores are taken on the reference's grid.
+"""
+
+from __future__ import annotations
+
+import csv
+import io as text_io
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+
+from medseg.dataset import Dataset
+from medseg.errors import DatasetError, GeometryMismatch, InputError, UnreadableFile
+from medseg.io import describe_grid, name_of, read_mask, suffix_of
+from medseg.metrics import DEFINITIONS, ClassScore, score_failure, score_pair
+from medseg.progress import Progress, silent
+from medseg.records import Record, write_text
+from medseg.volume import Labels, Mask
+
+DEFAULT_TOLERANCE_MM = 1.0
+"""Tolerance of NSD where none is given; every evaluation records the one it used."""
+
+_WORKERS = min(4, os.cpu_count() or 1)  # each holds one pair of masks: bounded memory
+
+Pair = tuple[str, Path, Path]
+"""Case id, path of the prediction (which may be missing), path of the reference."""
+
+
+class CaseScores(Record):
+    """One case.
+
+    Attributes:
+        case: its id.
+        scores: one a class, then one a region.
+        reason: why the case failed; empty where it did not.
+    """
+
+    case: str
+    scores: tuple[ClassScore, ...]
+    reason: str = ""
+
+
+_Result = CaseScores | str  # the scores, or why there are none
+
+
+class Spread(Record):
+    """How one measure is spread over the cases of a class."""
+
+    mean: float
+    median: float
+
+
+class ClassSummary(Record):
+    """One class (or region) over all cases.
+
+    Attributes:
+        name: of the class or region.
+        n: cases that count, all but the true negatives.
+        n_true_negative: left out: both empty.
+        n_empty_reference: cases without this class in the reference, left out or not.
+        n_missed, n_false_positive, n_failed: cases with the worst scores, by the reason.
+        dice, nsd, hd95_mm: over the cases that count; None where there are none.
+    """
+
+    name: str
+    n: int
+    n_true_negative: int
+    n_empty_reference: int
+    n_missed: int
+    n_false_positive: int
+    n_failed: int
+    dice: Spread | None
+    nsd: Spread | None
+    hd95_mm: Spread | None
+
+
+class Means(Record):
+    """Means over the classes (regions left out) of each class's mean over the cases."""
+
+    dice: float | None
+    nsd: float | None
+    hd95_mm: float | None
+
+
+class Evaluation(Record):
+    """What an evaluation found.
+
+    Attributes:
+        labels: what was scored.
+        tolerance_mm: of NSD.
+        definitions: of every measure and status.
+        order: of averaging.
+        mean: over cases, then over classes.
+        classes: one a class, then one a region, over the cases.
+        cases: one a case.
+        unscored: cases whose reference cannot be used, and why. They are in no number.
+        extra: predictions without a reference.
+    """
+
+    labels: Labels
+    tolerance_mm: float
+    definitions: dict[str, str] = DEFINITIONS
+    order: str = "mean over cases, then over classes (regions left out)"
+    mean: Means
+    classes: tuple[ClassSummary, ...]
+    cases: tuple[CaseScores, ...]
+    unscored: dict[str, str] = {}
+    extra: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """The cases without a usable prediction, and why."""
+        return {case.case: case.reason for case in self.cases if case.reason}
+
+    def save_csv(self, path: Path) -> None:
+        """Write one row a case and class, atomically. Undefined numbers are empty."""
+        text = text_io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["case", "class", *list(ClassScore.model_fields)[1:], "tolerance_mm", "reason"])
+        for case in self.cases:
+            for score in case.scores:
+                writer.writerow([case.case, *score.model_dump().values(), self.tolerance_mm, case.reason])
+        write_text(path, text.getvalue())
+
+
+def evaluate_folders(
+    predictions: Path,
+    references: Path,
+    labels: Labels | None = None,
+    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    cases: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Score predictions against references with the same file names (endings aside).
+
+    Args:
+        predictions: a folder of masks, or one mask.
+        references: a folder of masks, one mask, or a dataset folder with its ``dataset.json``, whose training labels
+            and label names are used. Two single files are a pair whatever their names.
+        labels: names of the values. Without them and without a dataset: ``label_<value>`` for every value that the
+            references hold.
+        tolerance_mm: of NSD.
+        cases: ids to score; all that have a reference otherwise.
+        progress: called after each case.
+
+    Raises:
+        InputError: nothing to score, no name in common, a wanted case without reference, or two files of one name.
+        DatasetError: none of the references can be used.
+    """
+    known, found = _references(references)
+    predicted = _masks(predictions)
+    if predictions.is_file():
+        if references.is_file():
+            predicted = dict(zip(found, predicted.values(), strict=True))
+        cases = cases or list(predicted)
+    wanted = sorted(found) if cases is None else list(dict.fromkeys(cases))
+    if absent := [case for case in wanted if case not in found]:
+        raise InputError(references, f"has no reference for {', '.join(absent[:10])}", "a mask of the same name")
+    if not set(wanted) & set(predicted):
+        raise InputError(
+            predictions, f"no mask has the name of a reference: {min(predicted)}, ...", f"names as {wanted[0]}"
+        )
+    pairs = [(case, predicted.get(case, predictions / case), found[case]) for case in wanted]
+    names = labels or known or _found_labels([path for _, _, path in pairs])
+    extra = tuple(sorted(set(predicted) - set(found)))
+    return evaluate_cases(pairs, names, tolerance_mm, progress).model_copy(update={"extra": extra})
+
+
+def evaluate_cases(
+    pairs: Sequence[Pair],
+    labels: Labels,
+    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Score the given pairs of mask files.
+
+    Args:
+        pairs: case id, prediction (a missing file makes a failed case), reference.
+        labels: classes and regions to score.
+        tolerance_mm: of NSD.
+        progress: called after each case.
+
+    Raises:
+        InputError: no pairs, or a tolerance that is no positive number.
+        DatasetError: none of the references can be used; each is listed with its reason.
+    """
+    if not pairs:
+        raise InputError("evaluation", "no case to score", "one pair of masks at least")
+    if not 0.0 <= tolerance_mm < np.inf:
+        raise InputError("tolerance_mm", f"is {tolerance_mm}", "a length in mm of 0 or more")
+    results = _in_threads(pairs, labels, tolerance_mm, progress)
+    scored = tuple(result for result in results if isinstance(result, CaseScores))
+    unscored = {pair[0]: result for pair, result in zip(pairs, results, strict=True) if isinstance(result, str)}
+    if not scored:
+        raise DatasetError(
+            "references", f"none of {len(pairs)} can be used: {'; '.join(unscored.values())}", "masks that can be read"
+        )
+    classes = tuple(_summarise(column) for column in zip(*(case.scores for case in scored), strict=True))
+    alone = classes[: len(labels.values)]  # the rest are regions
+    return Evaluation(
+        labels=labels,
+        tolerance_mm=tolerance_mm,
+        mean=Means(
+            dice=_mean(c.dice for c in alone), nsd=_mean(c.nsd for c in alone), hd95_mm=_mean(c.hd95_mm for c in alone)
+        ),
+        classes=classes,
+        cases=scored,
+        unscored=unscored,
+    )
+
+
+def _in_threads(pairs: Sequence[Pair], labels: Labels, tolerance_mm: float, progress: Progress) -> list[_Result]:
+    results = []
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        try:
+            for result in pool.map(partial(_score_case, labels=labels, tolerance_mm=tolerance_mm), pairs):
+                results.append(result)
+                progress("evaluate", len(results) / len(pairs), pairs[len(results) - 1][0])
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupted run does not score the rest first
+    return results
+
+
+def _score_case(pair: Pair, labels: Labels, tolerance_mm: float) -> _Result:
+    """The scores of one case, or why its reference cannot be used."""
+    case, prediction_path, reference_path = pair
+    try:
+        reference = read_mask(reference_path)
+        worst = score_failure(reference.array, reference.geometry, labels, reference_path)
+    except InputError as failure:
+        return str(failure)
+    try:
+        prediction = _read_prediction(prediction_path, reference)
+        scores = score_pair(
+            prediction.array, reference.array, reference.geometry, labels, tolerance_mm, prediction_path
+        )
+    except InputError as failure:
+        return CaseScores(case=case, scores=worst, reason=str(failure))
+    return CaseScores(case=case, scores=scores)
+
+
+def _read_prediction(path: Path, reference: Mask) -> Mask:
+    if not path.is_file():
+        raise UnreadableFile(path, "there is no prediction", "a mask")
+    prediction = read_mask(path)
+    if not prediction.geometry.close_to(reference.geometry):
+        raise GeometryMismatch(
+            path,
+            f"grid {describe_grid(prediction)} differs from the reference's",
+            describe_grid(reference),
+            "predict on the grid of the image; masks are never resampled here",
+        )
+    return prediction
+
+
+def _summarise(scores: Sequence[ClassScore]) -> ClassSummary:
+    count = Counter(score.status for score in scores)
+    return ClassSummary(
+        name=scores[0].name,
+        n=len(scores) - count["true_negative"],
+        n_true_negative=count["true_negative"],
+        n_empty_reference=sum(score.reference_ml == 0 for score in scores),
+        n_missed=count["missed"],
+        n_false_positive=count["false_positive"],
+        n_failed=count["failed"],
+        dice=_spread(score.dice for score in scores),
+        nsd=_spread(score.nsd for score in scores),
+        hd95_mm=_spread(score.hd95_mm for score in scores),
+    )
+
+
+def _spread(values: Iterable[float | None]) -> Spread | None:
+    numbers = [value for value in values if value is not None]
+    return Spread(mean=fmean(numbers), median=median(numbers)) if numbers else None
+
+
+def _mean(spreads: Iterable[Spread | None]) -> float | None:
+    means = [spread.mean for spread in spreads if spread]
+    return fmean(means) if means else None
+
+
+def _references(path: Path) -> tuple[Labels | None, dict[str, Path]]:
+    """Label names, where a dataset gives them, and the reference of each case."""
+    if not (path / "dataset.json").is_file():
+        return None, _masks(path)
+    dataset = Dataset.open(path)
+    return dataset.labels, {case.id: case.label for case in dataset.cases if case.label}
+
+
+def _masks(path: Path) -> dict[str, Path]:
+    """The masks in a folder by case id (or the one given)."""
+    if path.is_file():
+        return {name_of(path): path}
+    if not path.is_dir():
+        raise InputError(path, "is not there", "a mask or a folder of masks")
+    masks: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.name.startswith(".") or suffix_of(file) is None or _is_other_half(file):
+            continue
+        if (name := name_of(file)) in masks:
+            raise InputError(file, f"and {masks[name].name} are both masks of {name}", "one mask a case")
+        masks[name] = file
+    if not masks:
+        raise InputError(path, "holds no masks", "files ending in .nii.gz, .nrrd or another known image ending")
+    return masks
+
+
+def _is_other_half(file: Path) -> bool:
+    """Whether this is the .img of a .hdr beside it."""
+    return ".img" in file.name and file.with_name(file.name.replace(".img", ".hdr")).exists()
+
+
+def _found_labels(references: Sequence[Path]) -> Labels:
+    values: set[int] = set()
+    for found in ThreadPoolExecutor(_WORKERS).map(_values, references):
+        values |= found
+    if not values - {0}:
+        raise InputError("references", "hold no label but background", "masks with structures, or named labels")
+    return Labels(values={f"label_{value}": value for value in sorted(values - {0})})
+
+
+def _values(path: Path) -> set[int]:
+    try:
+        return {int(value) for value in np.unique(read_mask(path).array)}
+    except InputError:
+        return set()  # listed when the case is scored

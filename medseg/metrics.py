@@ -1,0 +1,342 @@
+"""How well a prediction agrees with its reference: Dice, NSD, HD95 and volumes, with every empty case defined.
+
+One pass over a pair serves all labels: a joint histogram gives overlaps and volumes, and surfaces are looked at only
+in the box around each structure. Surfaces are those of google-deepmind/surface-distance (Nikolov et al.,
+arXiv:1809.04430): a surface element lies where the eight voxels around a voxel corner are not all alike, has the area
+(in mm^2) of the marching-cubes surface there, and sits on that corner. A picture (K = 1) has a contour instead, of
+elements with a length in mm. The image is taken to be surrounded by background, so that a structure cut by the image
+border has a surface there.
+
+Distances run along the voxel axes with their spacing: on a sheared grid they are approximate.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import scipy.ndimage
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from medseg.errors import GeometryMismatch
+from medseg.geometry import Box, Float, Geometry
+from medseg.records import Record
+from medseg.volume import Labels
+
+Status = Literal["scored", "true_negative", "missed", "false_positive", "failed"]
+
+DEFINITIONS = {
+    "dice": "2 |A and B| / (|A| + |B|) in voxels of the reference grid",
+    "nsd": "normalised surface Dice: the part of both surfaces' area that lies within tolerance_mm of the other "
+    "surface, as google-deepmind/surface-distance defines it",
+    "hd95_mm": "the larger of the two directed 95th percentiles of surface distance, weighted by surface area, as "
+    "google-deepmind/surface-distance defines it",
+    "true_negative": "both empty: left out of the means, and counted",
+    "missed": "prediction empty: Dice 0, NSD 0, HD95 the image diagonal",
+    "false_positive": "reference empty: Dice 0, NSD 0, HD95 the image diagonal",
+    "failed": "no usable prediction: Dice 0, NSD 0, HD95 the image diagonal",
+}
+"""What each number and each status means; kept with every evaluation."""
+
+_TOLERANCE_SLACK = 1e-6
+"""Relative slack of tolerance comparisons: a spacing of 0.8 mm kept in 32 bits must not exceed a tolerance of 0.8."""
+
+_SURFELS = {
+    (0,): [(1, 1, 1)],
+    (0, 1): [(4, 4, 0)],
+    (1, 2): [(2, 2, 2)],
+    (3, 4): [(2, 2, 2)],
+    (0, 1, 2): [(3, 3, 3), (4, 0, 0)],
+    (1, 2, 4): [(3, 3, 3)],
+    (0, 3, 4): [(0, 4, 4), (1, 1, 1)],
+    (0, 1, 2, 3): [(8, 0, 0)],
+    (0, 1, 2, 4): [(6, 6, 6)],
+    (0, 1, 3, 4): [(4, 4, 4), (0, 2, 2), (2, 0, 2)],
+    (1, 2, 3, 4): [(4, 4, 4), (4, 0, 0)],
+    (2, 3, 4, 5): [(8, 8, 0)],
+    (0, 3, 5, 6): [(4, 4, 4)],
+}
+"""Marching-cubes surface through a cube of eight voxel centres, by the corners inside (corner 4 i + 2 j + k).
+
+The area vectors of its flat pieces, in eighths of a cube's face, up to signs. All other codes follow by turning,
+mirroring and exchanging inside and outside. Figures: the lookup table of google-deepmind/surface-distance, which has
+these symmetries.
+"""
+
+
+class ClassScore(Record):
+    """The agreement of one class (or region) in one case.
+
+    Attributes:
+        name: of the class or region.
+        status: how the pair was scored; see ``DEFINITIONS``.
+        dice, nsd: 0 to 1; None for a true negative.
+        hd95_mm: None for a true negative.
+        reference_ml, prediction_ml: volumes; of a failed prediction None.
+    """
+
+    name: str
+    status: Status
+    dice: float | None
+    nsd: float | None
+    hd95_mm: float | None
+    reference_ml: float
+    prediction_ml: float | None
+
+
+def score_pair(
+    prediction: NDArray[Any],
+    reference: NDArray[Any],
+    geometry: Geometry,
+    labels: Labels,
+    tolerance_mm: float,
+    where: object = "mask",
+) -> tuple[ClassScore, ...]:
+    """Score one prediction against its reference, on their common grid.
+
+    Args:
+        prediction: integers (I, J, K), label values.
+        reference: the same shape. Voxels with ``labels.ignore`` here are background in both.
+        geometry: of both.
+        labels: classes and regions to score.
+        tolerance_mm: how far surfaces may be apart to count as agreeing in NSD.
+        where: the prediction's name, for messages; an error in the reference's values says "reference of" it.
+
+    Returns:
+        One score a class, in the order of ``labels.names``, then one a region. Both empty, one empty: ``DEFINITIONS``.
+
+    Raises:
+        GeometryMismatch: the shapes differ.
+        InputError: a value without a name.
+    """
+    if not prediction.shape == reference.shape == geometry.shape:
+        raise GeometryMismatch(where, f"has shape {prediction.shape}", f"{reference.shape} as the reference")
+    pair = _Pair.of(prediction, reference, geometry, labels, where)
+    return tuple(_score(pair, name, members, tolerance_mm) for name, members in _structures(labels).items())
+
+
+def score_failure(
+    reference: NDArray[Any], geometry: Geometry, labels: Labels, where: object = "reference"
+) -> tuple[ClassScore, ...]:
+    """The scores of a case without a usable prediction: the worst of each, with the reference's volumes.
+
+    Raises:
+        InputError: the reference has a value without a name.
+    """
+    indices = _indices(reference, labels, where)
+    counts = _histogram(indices, np.zeros_like(indices), labels.count + 1)[:, 0]
+    return tuple(
+        ClassScore(
+            name=name,
+            status="failed",
+            dice=0.0,
+            nsd=0.0,
+            hd95_mm=geometry.diagonal_mm,
+            reference_ml=float(counts[list(members)].sum()) * geometry.voxel_volume_ml,
+            prediction_ml=None,
+        )
+        for name, members in _structures(labels).items()
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two masks as indices 0..n, with what one pass over them tells.
+
+    ``joint[r, p]`` counts the voxels of reference index r and prediction index p; ``boxes`` holds for each index the
+    box of the reference's and of the prediction's voxels (None where there are none).
+    """
+
+    prediction: NDArray[np.uint8]
+    reference: NDArray[np.uint8]
+    geometry: Geometry
+    joint: NDArray[np.int64]
+    boxes: tuple[list[tuple[slice, ...] | None], list[tuple[slice, ...] | None]]
+
+    @classmethod
+    def of(
+        cls, prediction: NDArray[Any], reference: NDArray[Any], geometry: Geometry, labels: Labels, where: object
+    ) -> _Pair:
+        r = _indices(reference, labels, f"reference of {where}")
+        p = _indices(prediction, labels, where)
+        if labels.ignore_index is not None:
+            p[(p == labels.ignore_index) | (r == labels.ignore_index)] = 0
+            r[r == labels.ignore_index] = 0
+        boxes = tuple([None, *scipy.ndimage.find_objects(array, max_label=labels.count - 1)] for array in (r, p))
+        return cls(p, r, geometry, _histogram(r, p, labels.count), boxes)  # type: ignore[arg-type]
+
+    def masks(self, members: tuple[int, ...]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Reference and prediction of the united indices, cut to the box around both."""
+        found = [boxes[m] for boxes in self.boxes for m in members]
+        corners = np.array([[(s.start, s.stop) for s in box] for box in found if box is not None])
+        box = Box(tuple(corners[..., 0].min(axis=0)), tuple(corners[..., 1].max(axis=0)))
+        chosen = np.isin(np.arange(len(self.joint)), members)
+        return chosen[self.reference[box.slices]], chosen[self.prediction[box.slices]]
+
+
+def _histogram(first: NDArray[np.uint8], second: NDArray[np.uint8], n: int) -> NDArray[np.int64]:
+    """How many voxels have each pair of indices, (n, n)."""
+    joint = np.zeros(n * n, dtype=np.int64)
+    for a, b in zip(first, second, strict=True):  # slice by slice, as bincount makes 8 bytes of every voxel
+        joint += np.bincount((a * np.uint16(n) + b).ravel(), minlength=n * n)
+    return joint.reshape(n, n)
+
+
+def _structures(labels: Labels) -> dict[str, tuple[int, ...]]:
+    index = {labels.values[name]: n for n, name in enumerate(labels.names, start=1)}
+    regions = {name: tuple({index[value] for value in values}) for name, values in labels.regions.items()}
+    return {**{name: (n,) for n, name in enumerate(labels.names, start=1)}, **regions}
+
+
+def _indices(array: NDArray[Any], labels: Labels, where: object) -> NDArray[np.uint8]:
+    """As ``Labels.to_indices``, by table where the values are small: eight times faster."""
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    values = [0, *(labels.values[name] for name in labels.names)]
+    if labels.ignore is not None:
+        values.append(labels.ignore)
+    if low < 0 or high > 65535 or len(values) > 255:
+        return labels.to_indices(array, where)
+    table = np.full(high + 1, 255, dtype=np.uint8)
+    for index, value in enumerate(values):
+        if 0 <= value <= high:
+            table[value] = index
+    result: NDArray[np.uint8] = table[array]
+    return labels.to_indices(array, where) if result.max(initial=0) == 255 else result
+
+
+def _score(pair: _Pair, name: str, members: tuple[int, ...], tolerance_mm: float) -> ClassScore:
+    rows = pair.joint[list(members)]
+    reference, prediction = int(rows.sum()), int(pair.joint[:, list(members)].sum())
+    both = int(rows[:, list(members)].sum())
+    status: Status = "scored"
+    dice: float | None = 0.0
+    nsd: float | None = 0.0
+    hd95_mm: float | None = pair.geometry.diagonal_mm
+    if not reference and not prediction:
+        status, dice, nsd, hd95_mm = "true_negative", None, None, None
+    elif not prediction:
+        status = "missed"
+    elif not reference:
+        status = "false_positive"
+    elif both == reference == prediction:
+        dice, nsd, hd95_mm = 1.0, 1.0, 0.0
+    else:
+        dice = 2.0 * both / (reference + prediction)
+        surfaces = surface_distances(*pair.masks(members), pair.geometry.spacing, flat=pair.geometry.shape[2] == 1)
+        nsd, hd95_mm = surfaces.nsd(tolerance_mm), surfaces.percentile_mm(95.0)
+    voxel_ml = pair.geometry.voxel_volume_ml
+    return ClassScore(
+        name=name,
+        status=status,
+        dice=dice,
+        nsd=nsd,
+        hd95_mm=hd95_mm,
+        reference_ml=reference * voxel_ml,
+        prediction_ml=prediction * voxel_ml,
+    )
+
+
+@dataclass(frozen=True)
+class SurfaceDistances:
+    """Every surface element of two masks: how far it is from the other surface (mm), and how large (mm^2; mm in 2D).
+
+    Measured once; the measures are short readers of it.
+    """
+
+    from_reference_mm: Float
+    reference_areas: Float
+    from_prediction_mm: Float
+    prediction_areas: Float
+
+    def nsd(self, tolerance_mm: float) -> float:
+        """Normalised surface Dice: the part of both surfaces within the tolerance of the other one."""
+        limit = tolerance_mm * (1.0 + _TOLERANCE_SLACK)
+        near = self.reference_areas[self.from_reference_mm <= limit].sum()
+        near += self.prediction_areas[self.from_prediction_mm <= limit].sum()
+        return float(near / (self.reference_areas.sum() + self.prediction_areas.sum()))
+
+    def percentile_mm(self, percent: float) -> float:
+        """The larger of the two directed percentiles of distance, weighted by area."""
+        return max(
+            _weighted_percentile(self.from_reference_mm, self.reference_areas, percent),
+            _weighted_percentile(self.from_prediction_mm, self.prediction_areas, percent),
+        )
+
+
+def surface_distances(
+    reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing_mm: tuple[float, float, float], flat: bool
+) -> SurfaceDistances:
+    """Measure the distances between the surfaces of two masks (I, J, K), neither of them empty.
+
+    Args:
+        reference: cut anywhere outside the structure; background is assumed around it.
+        prediction: the same shape.
+        spacing_mm: distance of voxel centres along each axis.
+        flat: take the single slice as a picture, with a contour rather than a surface.
+    """
+    spacing = np.array([*spacing_mm[:2], 1.0 if flat else spacing_mm[2]])
+    areas = _surfel_areas(spacing)
+    codes = [_neighbour_codes(mask, flat) for mask in (reference, prediction)]
+    surfaces = [(code != 0) & (code != 255) for code in codes]
+    r, p = surfaces
+    return SurfaceDistances(
+        _distances(r, p, spacing), areas[codes[0][r]], _distances(p, r, spacing), areas[codes[1][p]]
+    )
+
+
+def _neighbour_codes(mask: NDArray[np.bool_], flat: bool) -> NDArray[np.uint8]:
+    """For each voxel corner the bits of the eight voxels around it: bit 4 i + 2 j + k.
+
+    A picture is repeated along K instead of surrounded: its contour becomes a wall one unit high, whose area is the
+    contour's length.
+    """
+    padded = np.pad(mask, ((1, 1), (1, 1), (0, 0) if flat else (1, 1))).view(np.uint8)
+    padded = padded.repeat(2, axis=2) if flat else padded
+    code = padded[:, :, :-1] | padded[:, :, 1:] << 1
+    code = code[:, :-1] | code[:, 1:] << 2
+    return np.asarray(code[:-1] | code[1:] << 4)
+
+
+def _distances(surface: NDArray[np.bool_], other: NDArray[np.bool_], spacing: Float) -> Float:
+    """Distance (mm) of each true voxel of ``surface`` from the nearest true voxel of ``other``."""
+    result = np.zeros(np.count_nonzero(surface))
+    apart = ~other[surface]
+    if apart.any():
+        points, targets = (np.argwhere(s) * spacing for s in (surface & ~other, other))
+        tree = cKDTree(targets, balanced_tree=False, compact_nodes=False)  # best on grid points, near and far
+        result[apart] = tree.query(points)[0]
+    return result
+
+
+def _weighted_percentile(distances_mm: Float, areas: Float, percent: float) -> float:
+    """The smallest distance within which ``percent`` of the area lies."""
+    order = np.argsort(distances_mm)
+    area = np.cumsum(areas[order])
+    place = np.searchsorted(area, area[-1] * (percent / 100.0) * (1.0 - 1e-9))  # rounding must not skip an element
+    return float(distances_mm[order[min(int(place), len(order) - 1)]])
+
+
+def _surfel_areas(spacing: Float) -> Float:
+    """Area of the surface element of each of the 256 neighbour codes, for a spacing in mm."""
+    faces = spacing.prod() / spacing
+    return np.asarray(np.linalg.norm(_area_vectors() * faces, axis=-1).sum(axis=-1))
+
+
+@cache
+def _area_vectors() -> Float:
+    """Area vectors (256 codes, 3 pieces, 3 axes) in faces of a cube, up to signs."""
+    corners = np.array(list(itertools.product((0, 1), repeat=3)))
+    weights = np.array([4, 2, 1])
+    table = np.zeros((256, 3, 3))
+    for inside, vectors in _SURFELS.items():
+        for axes in itertools.permutations(range(3)):
+            for flips in corners:
+                turned = (corners[list(inside)] ^ flips)[:, axes] @ weights
+                code = int((1 << turned).sum())
+                for same in (code, 255 - code):
+                    table[same, : len(vectors)] = np.array(vectors)[:, axes] / 8.0
+    return table

@@ -1,0 +1,77 @@
+"""Scores of an evaluation as a table and as Markdown text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from medseg.evaluate import ClassSummary, Evaluation, Spread
+
+_NOTHING = "-"
+
+
+def score_table(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """The scores as rows of text: a heading, one row a class and region, and the mean over the classes.
+
+    Measures are means over the cases, Dice with its median. "missed" and "false positive" count cases with one empty
+    mask; they and the failed ones are in the means with the worst score.
+    """
+    nsd = f"NSD at {evaluation.tolerance_mm:g} mm"
+    heading = ("class", "Dice", "median Dice", nsd, "HD95 mm", "cases", "missed", "false positive", "failed")
+    mean = evaluation.mean
+    last = ("mean of classes", _number(mean.dice), "", _number(mean.nsd), _number(mean.hd95_mm, 2), "", "", "", "")
+    return [heading, *(_row(summary) for summary in evaluation.classes), last]
+
+
+def markdown_summary(evaluation: Evaluation) -> str:
+    """The scores as Markdown: the table, what it means, and every case that failed or could not be scored."""
+    heading, *rows = score_table(evaluation)
+    lines = ["# Scores", "", _line(heading), _line(["---"] * len(heading)), *(_line(row) for row in rows), ""]
+    lines += [
+        f"{len(evaluation.cases)} cases. Averaged: {evaluation.order}. Cases in which prediction and reference are "
+        "both empty are left out of a class's mean; a missed or wrongly found class and a failed case count as Dice 0, "
+        "NSD 0 and HD95 the image diagonal.",
+        "",
+        *(f"- {name}: {meaning}" for name, meaning in evaluation.definitions.items()),
+        "",
+    ]
+    lines += _listing("Failed cases", evaluation.failed)
+    lines += _listing("Cases without a usable reference (in no number above)", evaluation.unscored)
+    lines += _listing("Predictions without a reference", dict.fromkeys(evaluation.extra, ""))
+    return "\n".join(lines)
+
+
+def _row(summary: ClassSummary) -> tuple[str, ...]:
+    return (
+        summary.name,
+        _mean(summary.dice),
+        _number(summary.dice.median if summary.dice else None),
+        _mean(summary.nsd),
+        _mean(summary.hd95_mm, 2),
+        str(summary.n),
+        str(summary.n_missed),
+        str(summary.n_false_positive),
+        str(summary.n_failed),
+    )
+
+
+def _mean(spread: Spread | None, digits: int = 4) -> str:
+    return _number(spread.mean if spread else None, digits)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return _NOTHING if value is None else f"{value:.{digits}f}"
+
+
+def _line(cells: tuple[str, ...] | list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def _listing(title: str, reasons: Mapping[str, str]) -> list[str]:
+    if not reasons:
+        return []
+    return [
+        f"## {title}",
+        "",
+        *(f"- {case}: {reason}" if reason else f"- {case}" for case, reason in reasons.items()),
+        "",
+    ]

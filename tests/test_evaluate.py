@@ -1,0 +1,253 @@
+"""Evaluation from files: matching, the cases that fail, and what the summary says of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from medseg.errors import DatasetError, InputError
+from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, evaluate_cases, evaluate_folders
+from medseg.geometry import Geometry
+from medseg.io import write_mask
+from medseg.volume import Labels, Mask
+
+LABELS = Labels(values={"organ": 1, "lesion": 2})
+SHAPE = (8, 6, 6)
+DIAGONAL = math.hypot(*SHAPE)
+
+
+def mask(*pieces: tuple[int, tuple[slice, ...]]) -> NDArray[np.uint8]:
+    array = np.zeros(SHAPE, dtype=np.uint8)
+    for value, place in pieces:
+        array[place] = value
+    return array
+
+
+ORGAN = (1, np.s_[2:5, 2:5, 2:5])
+LESION = (2, np.s_[6:8, 2:4, 2:4])
+
+
+def save(path: Path, array: NDArray[np.uint8], affine: NDArray[np.float64] | None = None) -> Path:
+    geometry = Geometry(array.shape, np.eye(4) if affine is None else affine)  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mask(Mask(array, geometry), path)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Five cases: a perfect one, a missed lesion, a false lesion, both empty, and one without a prediction."""
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    for case, reference, prediction in [
+        ("a", mask(ORGAN, LESION), mask(ORGAN, LESION)),
+        ("b", mask(ORGAN, LESION), mask(ORGAN)),
+        ("c", mask(ORGAN), mask(ORGAN, LESION)),
+        ("d", mask(ORGAN), mask(ORGAN)),
+        ("e", mask(ORGAN, LESION), None),
+    ]:
+        save(references / f"{case}.nii.gz", reference)
+        if prediction is not None:
+            save(predictions / f"{case}.nii.gz", prediction)
+    return predictions, references
+
+
+def test_every_case_counts(folders: tuple[Path, Path]) -> None:
+    found = evaluate_folders(*folders, labels=LABELS)
+    organ, lesion = found.classes
+    assert (organ.n, organ.n_failed, organ.n_missed, organ.n_false_positive, organ.n_empty_reference) == (5, 1, 0, 0, 0)
+    assert organ.dice is not None
+    assert (organ.dice.mean, organ.dice.median) == (pytest.approx(4 / 5), 1.0)
+    assert (lesion.n, lesion.n_true_negative, lesion.n_empty_reference) == (4, 1, 2)
+    assert (lesion.n_missed, lesion.n_false_positive, lesion.n_failed) == (1, 1, 1)
+    assert lesion.dice is not None
+    assert lesion.hd95_mm is not None
+    assert lesion.dice.mean == 1 / 4
+    assert lesion.hd95_mm.mean == pytest.approx(DIAGONAL * 3 / 4)
+    assert lesion.hd95_mm.median == pytest.approx(DIAGONAL)
+    assert found.mean.dice == pytest.approx((4 / 5 + 1 / 4) / 2)
+    assert found.mean.hd95_mm == pytest.approx(DIAGONAL * (1 / 5 + 3 / 4) / 2)
+    assert found.tolerance_mm == DEFAULT_TOLERANCE_MM
+    assert list(found.failed) == ["e"]
+    assert "there is no prediction" in found.failed["e"]
+
+
+def test_labels_are_found_where_none_are_given(folders: tuple[Path, Path]) -> None:
+    found = evaluate_folders(*folders)
+    assert found.labels.values == {"label_1": 1, "label_2": 2}
+
+
+def test_labels_and_references_of_a_dataset(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    predictions, references = folders
+    references.rename(tmp_path / "labelsTr")
+    (tmp_path / "imagesTr").mkdir()
+    entries = []
+    for case in "abcde":
+        (tmp_path / f"imagesTr/{case}.nii.gz").touch()  # evaluation opens no image
+        entries.append({"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"})
+    listing = {
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "liver", "2": "tumour"},
+        "training": entries,
+        "test": [],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(listing))
+    found = evaluate_folders(predictions, tmp_path)
+    assert [c.name for c in found.classes] == ["liver", "tumour"]
+    assert len(found.cases) == 5
+
+
+def test_regions_are_summarised_but_not_in_the_mean(folders: tuple[Path, Path]) -> None:
+    labels = LABELS.model_copy(update={"regions": {"all": (1, 2)}})
+    found = evaluate_folders(*folders, labels=labels)
+    assert [c.name for c in found.classes] == ["organ", "lesion", "all"]
+    assert found.mean.dice == pytest.approx((4 / 5 + 1 / 4) / 2)
+
+
+def test_chosen_cases_and_progress(folders: tuple[Path, Path]) -> None:
+    seen: list[tuple[str, float, str]] = []
+    found = evaluate_folders(*folders, cases=["b", "a", "b"], progress=lambda *step: seen.append(step))
+    assert [case.case for case in found.cases] == ["b", "a"]
+    assert seen == [("evaluate", 0.5, "b"), ("evaluate", 1.0, "a")]
+    with pytest.raises(InputError, match="no reference for z"):
+        evaluate_folders(*folders, cases=["z"])
+
+
+def test_predictions_without_reference_are_listed(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    save(predictions / "z.nii.gz", mask(ORGAN))
+    (predictions / ".hidden.nii.gz").touch()
+    (predictions / "notes.txt").touch()
+    assert evaluate_folders(predictions, references).extra == ("z",)
+
+
+def test_single_files_are_a_pair_whatever_their_names(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    found = evaluate_folders(predictions / "a.nii.gz", references / "b.nii.gz")
+    assert [(case.case, case.scores[0].dice) for case in found.cases] == [("b", 1.0)]
+    found = evaluate_folders(predictions / "a.nii.gz", references)
+    assert [case.case for case in found.cases] == ["a"]
+    found = evaluate_folders(predictions, references / "c.nii.gz", labels=LABELS)
+    assert [case.case for case in found.cases] == ["c"]
+    assert found.extra == ("a", "b", "d")
+
+
+def test_endings_may_differ(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    save(predictions / "e.nii", mask(ORGAN, LESION))
+    assert evaluate_folders(predictions, references).failed == {}
+
+
+FAULTS = {
+    "shape": "7x6x6",
+    "affine": "never resampled",
+    "value": r"label values \[5, 10\]",
+    "damaged": "e.nii.gz",
+    "fractions": "no integers",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_unusable_prediction_fails_and_is_listed(folders: tuple[Path, Path], fault: str) -> None:
+    predictions, references = folders
+    path = predictions / "e.nii.gz"
+    array, affine = mask(ORGAN, LESION), np.eye(4)
+    if fault == "shape":
+        array = array[:7]
+    if fault == "affine":
+        affine[0, 3] = 2.0
+    if fault == "value":
+        array = array * 5
+    if fault == "fractions":
+        array = array * 0.5  # type: ignore[assignment]
+    save(path, array, affine)
+    if fault == "damaged":
+        path.write_bytes(path.read_bytes()[:-9])
+    found = evaluate_folders(predictions, references, labels=LABELS)
+    assert list(found.failed) == ["e"]
+    assert re.search(FAULTS[fault], found.failed["e"])
+    worst = found.cases[-1].scores[0]
+    assert (worst.status, worst.dice, worst.nsd, worst.hd95_mm) == ("failed", 0.0, 0.0, pytest.approx(DIAGONAL))
+    assert worst.reference_ml == pytest.approx(0.027)
+
+
+def test_affine_that_differs_by_rounding_is_the_same_grid(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    affine = np.eye(4)
+    affine[0, 3] = 1e-4
+    save(predictions / "e.nii.gz", mask(ORGAN, LESION), affine)
+    assert evaluate_folders(predictions, references).failed == {}
+
+
+def test_unusable_reference_is_listed_and_in_no_number(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    (references / "a.nii.gz").write_bytes(b"no image")
+    found = evaluate_folders(predictions, references)
+    assert list(found.unscored) == ["a"]
+    assert [case.case for case in found.cases] == ["b", "c", "d", "e"]
+    assert found.classes[0].n == 4
+
+
+def test_no_usable_reference_at_all(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(DatasetError, match="none of 5 can be used"):
+        evaluate_folders(*folders, labels=Labels(values={"other": 77}))
+
+
+def test_nothing_to_score(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    predictions, references = folders
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no masks"):
+        evaluate_folders(tmp_path / "empty", references)
+    with pytest.raises(InputError, match="is not there"):
+        evaluate_folders(predictions, tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no case to score"):
+        evaluate_cases([], LABELS)
+    save(tmp_path / "others" / "x.nii.gz", mask(ORGAN))
+    with pytest.raises(InputError, match="no mask has the name of a reference"):
+        evaluate_folders(tmp_path / "others", references)
+    save(tmp_path / "blank" / "a.nii.gz", mask())
+    with pytest.raises(InputError, match="no label but background"):
+        evaluate_folders(predictions, tmp_path / "blank")
+
+
+def test_two_masks_of_one_name_are_refused(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    save(predictions / "a.nii", mask(ORGAN))
+    with pytest.raises(InputError, match="are both masks of a"):
+        evaluate_folders(predictions, references)
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, math.nan, math.inf])
+def test_impossible_tolerance_is_refused(folders: tuple[Path, Path], tolerance: float) -> None:
+    with pytest.raises(InputError, match="tolerance_mm"):
+        evaluate_folders(*folders, tolerance_mm=tolerance)
+
+
+def test_class_that_is_nowhere_has_no_mean(folders: tuple[Path, Path]) -> None:
+    predictions, references = folders
+    labels = Labels(values={**LABELS.values, "absent": 3})
+    found = evaluate_folders(predictions, references, labels, cases=["a", "b"])
+    absent = found.classes[2]
+    assert (absent.n, absent.n_true_negative, absent.dice, absent.hd95_mm) == (0, 2, None, None)
+    assert found.mean.dice == pytest.approx((1.0 + 0.5) / 2)
+
+
+def test_record_and_table_are_kept(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    found = evaluate_folders(*folders, labels=LABELS, tolerance_mm=2.5)
+    found.save(tmp_path / "scores.json")
+    assert Evaluation.load(tmp_path / "scores.json") == found
+    found.save_csv(tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["class"]) for row in rows] == [(c, n) for c in "abcde" for n in ("organ", "lesion")]
+    assert [row["status"] for row in rows[1::2]] == ["scored", "missed", "false_positive", "true_negative", "failed"]
+    assert (rows[7]["dice"], rows[7]["hd95_mm"]) == ("", "")
+    assert float(rows[3]["hd95_mm"]) == pytest.approx(DIAGONAL)
+    assert {row["tolerance_mm"] for row in rows} == {"2.5"}
+    assert rows[8]["reason"].endswith("(expected a mask)")

@@ -1,0 +1,383 @@
+"""Metrics: numbers worked out by hand, the empty cases by name, and agreement with surface-distance."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from medseg.errors import GeometryMismatch, InputError
+from medseg.geometry import Geometry
+from medseg.io import read_mask
+from medseg.metrics import ClassScore, SurfaceDistances, score_failure, score_pair, surface_distances
+from medseg.volume import Labels
+
+ONE = Labels(values={"organ": 1})
+Mask = NDArray[np.uint8]
+Spacing = tuple[float, float, float]
+
+
+def grid(shape: tuple[int, ...], spacing: Spacing = (1.0, 1.0, 1.0)) -> Geometry:
+    return Geometry(shape, np.diag([*spacing, 1.0]))  # type: ignore[arg-type]
+
+
+def boxes(shape: tuple[int, int, int], *pieces: tuple[int, tuple[slice, ...]]) -> Mask:
+    mask = np.zeros(shape, dtype=np.uint8)
+    for value, place in pieces:
+        mask[place] = value
+    return mask
+
+
+def one(prediction: Mask, reference: Mask, spacing: Spacing = (1.0, 1.0, 1.0), tolerance_mm: float = 1.0) -> ClassScore:
+    (score,) = score_pair(prediction, reference, grid(reference.shape, spacing), ONE, tolerance_mm)
+    return score
+
+
+def ball(centre: tuple[int, int, int], radius: int) -> Mask:
+    i, j, k = np.ogrid[:24, :20, :16]
+    inside = (i - centre[0]) ** 2 + (j - centre[1]) ** 2 + (k - centre[2]) ** 2 <= radius**2
+    return np.asarray(inside, dtype=np.uint8)
+
+
+def noise(seed: int) -> Mask:
+    return (np.random.RandomState(seed).rand(9, 8, 7) < 0.5).astype(np.uint8)
+
+
+CUBE = boxes((7, 7, 7), (1, np.s_[2:5, 2:5, 2:5]))
+
+
+# ---- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_equal_masks_are_perfect() -> None:
+    score = one(CUBE, CUBE)
+    assert (score.status, score.dice, score.nsd, score.hd95_mm) == ("scored", 1.0, 1.0, 0.0)
+    assert score.reference_ml == score.prediction_ml == pytest.approx(0.027)
+
+
+def test_cube_moved_by_one_voxel() -> None:
+    score = one(np.roll(CUBE, 1, axis=0), CUBE, spacing=(2.0, 1.0, 1.0), tolerance_mm=2.0)
+    assert score.dice == 2 * 18 / (27 + 27)
+    assert score.nsd == 1.0
+    assert score.hd95_mm == 2.0  # the cap that was left behind is 2 mm away, and more than 5 % of the surface
+    assert score.reference_ml == pytest.approx(0.054)
+
+
+def test_two_voxels_apart() -> None:
+    # The surface of one voxel is eight equal elements on its corners. Two voxels further, four of them lie 2 mm from
+    # the nearest corner of the other voxel, and four 1 mm.
+    #
+    #   i   0   1   2   3
+    #       +---+   +---+
+    #       | A |   | B |
+    #       +---+   +---+
+    reference = boxes((5, 3, 3), (1, np.s_[1, 1, 1]))
+    prediction = boxes((5, 3, 3), (1, np.s_[3, 1, 1]))
+    score = one(prediction, reference)
+    assert (score.dice, score.nsd, score.hd95_mm) == (0.0, pytest.approx(0.5), 2.0)
+    assert one(prediction, reference, tolerance_mm=0.9).nsd == 0.0
+    assert one(prediction, reference, tolerance_mm=2.0).nsd == pytest.approx(1.0)
+
+
+def test_surface_of_one_voxel() -> None:
+    voxel = np.ones((1, 1, 1), dtype=bool)
+    areas = surface_distances(voxel, voxel, (1.0, 1.0, 1.0), flat=False).reference_areas
+    assert areas == pytest.approx([math.sqrt(3) / 8] * 8)  # triangles through the middles of three edges
+
+
+def test_surface_of_a_cuboid_counts_the_spacing() -> None:
+    # 2x2x2 voxels of 1 x 2 x 3 mm. Of the 27 corners 1 is inside; 6 in the middle of a face carry a whole voxel face;
+    # 12 on an edge carry half the diagonal plane; 8 at a corner carry a triangle.
+    a, b, c = 1.0, 2.0, 3.0
+    faces = 2 * (b * c + a * c + a * b)
+    edges = 4 * (a * math.hypot(b, c) / 2 + b * math.hypot(a, c) / 2 + c * math.hypot(a, b) / 2)
+    triangles = 8 * math.sqrt((b * c) ** 2 + (a * c) ** 2 + (a * b) ** 2) / 8
+    cuboid = np.ones((2, 2, 2), dtype=bool)
+    areas = surface_distances(cuboid, cuboid, (a, b, c), flat=False).reference_areas
+    assert len(areas) == 26
+    assert areas.sum() == pytest.approx(faces + edges + triangles)
+
+
+def test_contour_of_a_square_in_a_picture() -> None:
+    square = np.ones((2, 2, 1), dtype=bool)
+    lengths = surface_distances(square, square, (1.0, 2.0, 9.0), flat=True).reference_areas
+    # Eight points around: two sides of 1 mm, two of 2 mm (each half a pixel short of its corners), four cut corners.
+    assert len(lengths) == 8
+    assert lengths.sum() == pytest.approx(2 * 1 + 2 * 2 + 4 * math.hypot(1, 2) / 2)
+
+
+def test_picture_knows_no_thickness() -> None:
+    reference = boxes((8, 8, 1), (1, np.s_[2:5, 2:5]))
+    prediction = np.roll(reference, 2, axis=1)
+    thin, thick = (one(prediction, reference, (1.0, 1.5, thickness)) for thickness in (0.1, 50.0))
+    assert (thin.nsd, thin.hd95_mm) == (thick.nsd, thick.hd95_mm) == (thin.nsd, 3.0)
+
+
+def test_single_slice_of_another_axis_is_a_surface() -> None:
+    sheet = np.ones((1, 2, 2), dtype=bool)
+    assert len(surface_distances(sheet, sheet, (1.0, 1.0, 1.0), flat=False).reference_areas) == 18
+
+
+def test_structure_cut_by_the_image_border_has_a_surface_there() -> None:
+    full = np.ones((4, 4, 4), dtype=np.uint8)
+    inner = boxes((4, 4, 4), (1, np.s_[1:3, 1:3, 1:3]))
+    score = one(inner, full, tolerance_mm=0.9)
+    assert score.nsd == 0.0
+    assert score.hd95_mm == pytest.approx(
+        math.sqrt(2)
+    )  # of the edges; the corners, sqrt(3) away, are 2 % of the surface
+
+
+def test_percentile_is_weighted_by_area() -> None:
+    exact = np.array([0.0] * 19 + [5.0])
+    apart = SurfaceDistances(exact, np.ones(20), np.zeros(1), np.ones(1))
+    assert apart.percentile_mm(95.0) == 0.0  # 19 of 20 equal elements are 95 %
+    assert apart.percentile_mm(96.0) == 5.0
+    heavy = SurfaceDistances(np.zeros(1), np.ones(1), exact, np.array([1.0] * 19 + [2.0]))
+    assert heavy.percentile_mm(95.0) == 5.0  # the larger direction counts
+
+
+def test_tolerance_bears_a_spacing_kept_in_32_bits() -> None:
+    spacing = float(np.float32(0.8))
+    assert spacing > 0.8
+    assert one(np.roll(CUBE, 1, axis=0), CUBE, (spacing, 1.0, 1.0), tolerance_mm=0.8).nsd == 1.0
+
+
+# ---- empty masks -----------------------------------------------------------------------------------------------------
+
+EMPTY = np.zeros_like(CUBE)
+DIAGONAL = math.hypot(14.0, 7.0, 7.0)
+WORST = (0.0, 0.0, pytest.approx(DIAGONAL))
+
+
+def measures(score: ClassScore) -> tuple[float | None, float | None, float | None]:
+    return score.dice, score.nsd, score.hd95_mm
+
+
+def test_both_empty_is_a_true_negative_without_numbers() -> None:
+    score = one(EMPTY, EMPTY)
+    assert (score.status, *measures(score)) == ("true_negative", None, None, None)
+    assert score.reference_ml == score.prediction_ml == 0.0
+
+
+def test_empty_prediction_is_missed() -> None:
+    score = one(EMPTY, CUBE, (2.0, 1.0, 1.0))
+    assert score.status == "missed"
+    assert measures(score) == WORST
+
+
+def test_empty_reference_is_a_false_positive() -> None:
+    score = one(CUBE, EMPTY, (2.0, 1.0, 1.0))
+    assert score.status == "false_positive"
+    assert measures(score) == WORST
+
+
+def test_failure_has_the_worst_scores_and_the_reference_volume() -> None:
+    labels = Labels(values={"organ": 1, "other": 2}, regions={"all": (1, 2)})
+    organ, other, both = score_failure(CUBE, grid(CUBE.shape, (2.0, 1.0, 1.0)), labels)
+    for score in (organ, other, both):
+        assert score.status == "failed"
+        assert measures(score) == WORST
+        assert score.prediction_ml is None
+    assert (organ.reference_ml, other.reference_ml, both.reference_ml) == (0.054, 0.0, 0.054)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
+def test_any_integers_and_regions(kind: type) -> None:
+    labels = Labels(values={"core": 300, "rim": 7}, regions={"whole": (7, 300)})
+    reference = boxes((8, 6, 6), (1, np.s_[2:6, 2:4, 2:4]), (2, np.s_[4:6, 2:4, 2:4]))
+    prediction = boxes((8, 6, 6), (2, np.s_[2:6, 2:4, 2:4]), (1, np.s_[4:6, 2:4, 2:4]))  # the two are mixed up
+    table = np.array([0, 7, 300], dtype=kind)
+    rim, core, whole = score_pair(table[prediction], table[reference], grid(reference.shape), labels, 1.0)
+    assert [score.name for score in (rim, core, whole)] == ["rim", "core", "whole"]
+    assert (rim.dice, core.dice) == (0.0, 0.0)
+    assert measures(whole) == (1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("values", [(-5, 4), (3, 1_000_000)])
+def test_far_integers_go_the_slow_way(values: tuple[int, int]) -> None:
+    table = np.array([0, *values], dtype=np.int32)
+    mask = table[boxes((4, 4, 4), (1, np.s_[1:3, 1:3, 1:3]), (2, np.s_[3, 3, 3]))]
+    scores = score_pair(mask, mask, grid(mask.shape), Labels(values={"a": values[0], "b": values[1]}), 1.0)
+    assert [score.dice for score in scores] == [1.0, 1.0]
+
+
+def test_ignored_voxels_are_left_out() -> None:
+    labels = Labels(values={"organ": 1}, ignore=9)
+    reference = boxes((7, 7, 7), (1, np.s_[2:5, 2:5, 2:5]), (9, np.s_[5:, :, :]))
+    prediction = boxes((7, 7, 7), (1, np.s_[2:7, 2:5, 2:5]))  # runs on where no one labelled
+    (score,) = score_pair(prediction, reference, grid(reference.shape), labels, 1.0)
+    assert measures(score) == (1.0, 1.0, 0.0)
+    assert score.prediction_ml == score.reference_ml
+    (failed,) = score_failure(reference, grid(reference.shape), labels)
+    assert failed.reference_ml == score.reference_ml
+
+
+def test_value_without_a_name_is_refused() -> None:
+    with pytest.raises(InputError, match=r"pred\.nii: label values \[4\]"):
+        score_pair(CUBE * 4, CUBE, grid(CUBE.shape), ONE, 1.0, "pred.nii")
+    with pytest.raises(InputError, match=r"reference of pred\.nii: label values \[255\]"):
+        score_pair(CUBE, CUBE * 255, grid(CUBE.shape), ONE, 1.0, "pred.nii")
+
+
+def test_other_shape_is_refused() -> None:
+    with pytest.raises(GeometryMismatch, match=r"\(7, 7, 6\)"):
+        score_pair(CUBE[:, :, :6], CUBE, grid(CUBE.shape), ONE, 1.0)
+
+
+# ---- surface-distance ------------------------------------------------------------------------------------------------
+
+FINE, COARSE = (1.0, 1.0, 1.0), (0.7, 1.3, 3.0)
+BALLS = ball((12, 10, 8), 6), ball((13, 9, 8), 7)
+NOISE = noise(1), noise(2)  # meets most of the 256 neighbour codes, and every kind
+CORNER = ball((0, 0, 0), 9), ball((2, 0, 0), 9)
+
+
+@pytest.mark.parametrize(
+    ("pair", "spacing", "dice", "nsd_1", "nsd_2", "hd95_mm"),
+    [
+        (BALLS, FINE, 0.7713310580204779, 0.7225237556544674, 0.9736461894969893, 2.0),
+        (BALLS, COARSE, 0.7713310580204779, 0.6078147583249853, 0.9152791254020933, 2.6925824035672523),
+        (NOISE, FINE, 0.4777327935222672, 0.9995785007328651, 1.0, 0.0),
+        (NOISE, COARSE, 0.4777327935222672, 0.9934714519401482, 1.0, 0.0),
+        (CORNER, FINE, 0.8669064748201439, 0.9260909441098608, 1.0, 1.4142135623730951),
+    ],
+    ids=["balls", "balls, anisotropic", "noise", "noise, anisotropic", "at the border"],
+)
+def test_equals_surface_distance(
+    pair: tuple[Mask, Mask], spacing: Spacing, dice: float, nsd_1: float, nsd_2: float, hd95_mm: float
+) -> None:
+    # Figures: google-deepmind/surface-distance 0.1 on the same masks.
+    near, far = (one(pair[1], pair[0], spacing, tolerance) for tolerance in (1.0, 2.0))
+    assert (near.dice, near.nsd, far.nsd, near.hd95_mm) == pytest.approx((dice, nsd_1, nsd_2, hd95_mm), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("pair", "place", "dice", "nsd_1", "nsd_2", "hd95_mm"),
+    [
+        (BALLS, np.s_[:, :, 8:9], 0.8244274809160306, 0.6254199588210118, 0.9521963711234523, 2.4698178070456938),
+        (NOISE, np.s_[:, :, :1], 0.5974025974025974, 0.9890157711465319, 1.0, 0.7),
+    ],
+    ids=["circles", "noise"],
+)
+def test_equals_surface_distance_in_pictures(
+    pair: tuple[Mask, Mask], place: tuple[slice, ...], dice: float, nsd_1: float, nsd_2: float, hd95_mm: float
+) -> None:
+    # Figures: google-deepmind/surface-distance 0.1 on the same two-dimensional masks.
+    near, far = (one(pair[1][place], pair[0][place], COARSE, tolerance) for tolerance in (1.0, 2.0))
+    assert (near.dice, near.nsd, far.nsd, near.hd95_mm) == pytest.approx((dice, nsd_1, nsd_2, hd95_mm), abs=1e-9)
+
+
+def real(name: str) -> Path:
+    folder = os.environ.get("MEDSEG_TEST_DATA")
+    if not folder:
+        pytest.skip("MEDSEG_TEST_DATA names no folder of real data")
+    return Path(folder) / name
+
+
+SPINE = {  # value: Dice, NSD at 1 mm, NSD at 3 mm, HD95 in mm
+    26: (0.9698239455931553, 0.9727477705994088, 0.9943440901356356, 0.5859400033950806),
+    41: (0.8836457411185097, 0.9694709503161293, 0.9984533461059718, 0.5859400033950806),
+    42: (0.9115941298098744, 0.9569454896796343, 0.9906740479369172, 0.8286442995382602),
+    43: (0.8663967611336032, 0.9507680914089868, 0.9680924540973351, 1.1718800067901611),
+    44: (0.8649356316823041, 0.9479507151220035, 0.986324326046723, 1.7578200101852417),
+    45: (0.9049142857142857, 0.9779922599826637, 0.999821798887583, 0.5859400033950806),
+    46: (0.8938299055030573, 0.9756656047919894, 1.0, 0.5859400033950806),
+    47: (0.9027481999797181, 0.9922767523669427, 0.9991538676354259, 0.5859400033950806),
+    48: (0.8782828282828283, 0.9846582761026361, 1.0, 0.5859400033950806),
+    49: (0.9714093870291493, 0.9800557588855804, 0.9991523384966772, 0.5859400033950806),
+    60: (0.02015634084889205, 0.4281721532746307, 0.5053660109582842, 61.16831976793115),
+    61: (0.02706817091735658, 0.43285575017595956, 0.4949669342100962, 60.419248701935324),
+    62: (0.6793787581594264, 0.988035535685519, 0.9998313391051488, 0.5859400033950806),
+    100: (0.9423566613429801, 0.9776846807345287, 0.9993205391391717, 0.5859400033950806),
+}
+
+
+def test_equals_surface_distance_on_a_real_spine() -> None:
+    # Figures: google-deepmind/surface-distance 0.1 on panoptica's example pair, label by label.
+    prediction, reference = (read_mask(real(f"spine_pair/{name}.nii.gz")) for name in ("pred", "ref"))
+    labels = Labels(values={str(value): value for value in SPINE})
+    near, far = (
+        score_pair(prediction.array, reference.array, reference.geometry, labels, tolerance) for tolerance in (1.0, 3.0)
+    )
+    for a, b in zip(near, far, strict=True):
+        assert (a.dice, a.nsd, b.nsd, a.hd95_mm) == pytest.approx(SPINE[int(a.name)], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shift", "anterior", "posterior"),
+    [
+        ((1, 0, 0), (0.8935483870967742, 1.0, 1.0), (0.8718801996672213, 1.0, 1.0)),
+        ((0, 2, 1), (0.6096774193548387, 0.5899459676504019, 2.0), (0.5646145313366612, 0.6125619085334727, 2.0)),
+        (
+            (3, -1, 2),
+            (0.6193548387096774, 0.6222706902112843, 3.0),
+            (0.5867997781475319, 0.6328485252067889, 2.8284271247461903),
+        ),
+    ],
+)
+def test_equals_surface_distance_on_a_real_hippocampus(
+    shift: tuple[int, int, int], anterior: tuple[float, ...], posterior: tuple[float, ...]
+) -> None:
+    # Figures: google-deepmind/surface-distance 0.1 on the Decathlon's label hippocampus_003 moved by some voxels.
+    mask = read_mask(real("Task04_Hippocampus/labelsTr/hippocampus_003.nii.gz"))
+    labels = Labels(values={"Anterior": 1, "Posterior": 2})
+    moved = np.roll(mask.array, shift, axis=(0, 1, 2))
+    scores = score_pair(moved, mask.array, mask.geometry, labels, 1.0)
+    assert measures(scores[0]) == pytest.approx(anterior, abs=1e-9)
+    assert measures(scores[1]) == pytest.approx(posterior, abs=1e-9)
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+masks = st.binary(min_size=60, max_size=60).map(lambda b: (np.frombuffer(b, np.uint8) % 2).reshape(3, 4, 5))
+
+
+@settings(deadline=None, max_examples=50)
+@given(masks, masks)
+def test_exchanging_the_two_changes_nothing(a: Mask, b: Mask) -> None:
+    assert measures(one(a, b, COARSE)) == pytest.approx(measures(one(b, a, COARSE)))
+
+
+@settings(deadline=None, max_examples=25)
+@given(masks, masks, st.permutations(range(3)), st.tuples(*[st.booleans()] * 3))
+def test_turning_the_grid_changes_nothing(a: Mask, b: Mask, axes: list[int], flips: tuple[bool, ...]) -> None:
+    def turned(mask: Mask) -> Mask:
+        return np.flip(mask.transpose(axes), [axis for axis in range(3) if flips[axis]])
+
+    spacing = tuple(COARSE[axis] for axis in axes)
+    other = one(turned(a), turned(b), spacing)  # type: ignore[arg-type]
+    assert measures(other) == pytest.approx(measures(one(a, b, COARSE)))
+
+
+@settings(deadline=None, max_examples=25)
+@given(masks, masks)
+def test_distances_equal_the_plain_search(a: Mask, b: Mask) -> None:
+    """Every surface corner against every other one, the slow way."""
+    score = one(a, b, COARSE, tolerance_mm=2.0)
+    if score.status != "scored":
+        return
+    corners = [np.array(list(_surface_corners(mask))) * COARSE for mask in (b, a)]
+    distance = np.linalg.norm(corners[0][:, None] - corners[1][None], axis=-1)
+    surfaces = surface_distances(b.astype(bool), a.astype(bool), COARSE, flat=False)
+    assert np.sort(surfaces.from_reference_mm) == pytest.approx(np.sort(distance.min(axis=1)))
+    assert np.sort(surfaces.from_prediction_mm) == pytest.approx(np.sort(distance.min(axis=0)))
+
+
+def _surface_corners(mask: Mask) -> list[tuple[int, ...]]:
+    padded = np.pad(mask, 1)
+    return [
+        corner
+        for corner in itertools.product(*(range(n + 1) for n in mask.shape))
+        if 0 < padded[tuple(slice(c, c + 2) for c in corner)].sum() < 8
+    ]

@@ -1,0 +1,113 @@
+"""Reports: the curve is drawn from any log that a training can leave, tables say what was counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from medseg.errors import InputError
+from medseg.evaluate import CaseScores, ClassSummary, Evaluation, Means, Spread
+from medseg.metrics import ClassScore
+from medseg.report import markdown_summary, save_curve, score_table
+from medseg.volume import Labels
+
+HEADING = "iteration,seconds,loss,learning_rate,dice\n"
+ROWS = "".join(f"{n},{n * 0.5},{1 / n},0.01,{'' if n % 5 else n / 20}\n" for n in range(1, 21))
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def size(png: Path) -> tuple[int, int]:
+    head = png.read_bytes()[:24]
+    assert head[:8] == PNG
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEADING + ROWS,
+        HEADING + ROWS + "21,10",
+        HEADING + "1,0.5,1.0,0.01,\n",
+        HEADING + "1,0.5,1.0,0.01,0.5\n2,1.0,nan,0.0,\n",
+        "iteration,seconds,loss,learning_rate,dice,extra\n1,0.5,1.0,0.01,0.5,word\n",
+    ],
+    ids=["whole", "row cut short", "one row, no validation", "loss that is not finite", "further column"],
+)
+def test_curve_is_drawn(text: str, tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text(text)
+    save_curve(log, tmp_path / "curve.png")
+    assert size(tmp_path / "curve.png") == (960, 840)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "log.csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "has no iteration"),
+        (HEADING, "has no iteration"),
+        ("iteration,loss\n1,2\n", "has no seconds, learning_rate, dice"),
+        (HEADING + "1,0.5,oops,0.01,\n", "oops"),
+    ],
+    ids=["empty", "no row", "no column", "no number"],
+)
+def test_log_that_cannot_be_drawn_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text(text)
+    with pytest.raises(InputError, match=words):
+        save_curve(log, tmp_path / "curve.png")
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_missing_log_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        save_curve(tmp_path / "log.csv", tmp_path / "curve.png")
+
+
+def evaluation(reason: str = "") -> Evaluation:
+    score = ClassScore(
+        name="a|b", status="missed", dice=0.0, nsd=0.0, hd95_mm=9.0, reference_ml=1.0, prediction_ml=None
+    )
+    scored = ClassSummary(
+        name="a|b",
+        n=4,
+        n_true_negative=1,
+        n_empty_reference=2,
+        n_missed=1,
+        n_false_positive=2,
+        n_failed=3,
+        dice=Spread(mean=0.5, median=0.625),
+        nsd=Spread(mean=0.75, median=0.8),
+        hd95_mm=Spread(mean=3.14159, median=2.0),
+    )
+    absent = scored.model_copy(update={"name": "absent", "n": 0, "dice": None, "nsd": None, "hd95_mm": None})
+    return Evaluation(
+        labels=Labels(values={"a|b": 1, "absent": 2}),
+        tolerance_mm=2.0,
+        mean=Means(dice=0.5, nsd=0.75, hd95_mm=3.14159),
+        classes=(scored, absent),
+        cases=(CaseScores(case="case_1", scores=(score,), reason=reason),),
+        unscored={"case_2": "truncated"} if reason else {},
+        extra=("case_9",) if reason else (),
+    )
+
+
+def test_score_table() -> None:
+    heading, first, second, mean = score_table(evaluation())
+    assert heading[3] == "NSD at 2 mm"
+    assert first == ("a|b", "0.5000", "0.6250", "0.7500", "3.14", "4", "1", "2", "3")
+    assert second[:6] == ("absent", "-", "-", "-", "-", "0")
+    assert mean == ("mean of classes", "0.5000", "", "0.7500", "3.14", "", "", "", "")
+
+
+def test_markdown_names_what_failed() -> None:
+    text = markdown_summary(evaluation(reason="there is no prediction"))
+    assert "| a&#124;b | 0.5000 |" in text
+    for line in ("- case_1: there is no prediction", "- case_2: truncated", "- case_9", "surface-distance"):
+        assert line in text
+    assert all(line.count("|") == 10 for line in text.splitlines() if line.startswith("|"))
+
+
+def test_markdown_of_a_clean_evaluation_lists_nothing() -> None:
+    assert "##" not in markdown_summary(evaluation())
