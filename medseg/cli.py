@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -59,13 +59,15 @@ def _console(*, stderr: bool) -> Console:
 # Options that several commands share
 
 DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder with a dataset.json.")]
-Configuration = Annotated[str, typer.Option("--configuration", "-c", help="2d, 3d_fullres or 3d_lowres.")]
+Configuration = Annotated[
+    Literal["2d", "3d_fullres", "3d_lowres"], typer.Option("--configuration", "-c", help="Of the plan.")
+]
 Folds = Annotated[str, typer.Option(help="Folds to train, as 0,1, or all.")]
 TimeBudget = Annotated[str, typer.Option(help="Length of training a fold, as 90s, 10m or 1h30m.")]
 Epochs = Annotated[int, typer.Option(help="Length of training in passes over the cases.", min=0)]
 Iterations = Annotated[int, typer.Option(help="Length of training in steps.", min=0)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Precision = Annotated[str, typer.Option(help="auto, 32, bf16 or 16.")]
+Precision = Annotated[Literal["auto", "32", "bf16", "16"], typer.Option(help="Of the arithmetic.")]
 Seed = Annotated[int, typer.Option(help="Of weights, batches and augmentation.", min=0)]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels, also on a GPU.")]
 Patience = Annotated[int, typer.Option(help="Stop after so many validations without gain; 0 never.", min=0)]
@@ -324,7 +326,7 @@ def plan(
             _megabytes(memory_budget),
             configuration,
             overrides,
-            show,  # type: ignore[arg-type]
+            show,
         )
     _print_plan(made, target)
 
@@ -359,7 +361,7 @@ def train(
         made = Plan.load(target / "plan.json")
         data, _ = check_station(Dataset.open(dataset), target, skip_bad_cases, show)
         chosen = chosen_folds(data, _folds(folds), target)
-        train_station(data, made, configuration, chosen, target, settings, show)  # type: ignore[arg-type]
+        train_station(data, made, configuration, chosen, target, settings, show)
     _console(stderr=False).print(f"model package: {target / 'package'}")
 
 

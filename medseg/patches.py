@@ -11,7 +11,7 @@ can draw batches ahead without changing them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -194,7 +194,7 @@ def draw_patch(
 
 def batches(
     cases: Sequence[PreparedCase], configuration: Configuration, seed: int, start: int, workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches from iteration ``start`` on, without end; ``workers`` threads draw ahead (0: none)."""
     iteration = start
     if workers == 0:

@@ -30,7 +30,7 @@ from medseg.predict import Predictor, PredictSettings, predict_cases
 from medseg.progress import Progress, silent
 from medseg.records import Record, digest_file, digest_of, read_json, remove_leftovers, write_json, write_text
 from medseg.report import markdown_summary, save_curve
-from medseg.train import LOG, WEIGHTS, TrainSettings, train_fold
+from medseg.train import LOG, WEIGHTS, Job, TrainSettings, train_fold
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def train_station(
         folder = out / "training" / f"fold_{number}"
         validation = [(data.case(case), prepared[case]) for case in fold.validation]
         training = [prepared[case] for case in fold.train]
-        records[number] = train_fold(plan, configuration, training, validation, folder, settings, progress)
+        records[number] = train_fold(Job(plan, configuration, training, validation, folder, settings), progress)
         weights[number] = (folder / WEIGHTS).read_bytes()
         if (folder / LOG).exists():
             save_curve(folder / LOG, folder / "curve.png")
