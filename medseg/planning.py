@@ -644,8 +644,11 @@ def override_plan(plan: Plan, settings: Sequence[str], configuration: str) -> tu
     """
     wanted: dict[str, dict[str, str]] = defaultdict(dict)
     whole: list[str] = []
+    reasons = dict(plan.reasons)
     for setting in settings:
         owner, field, text = _address(setting, configuration)
+        key = f"configurations.{owner}.{field}" if owner else field
+        reasons[key] = f"Set by hand to {text}. By rule: {plan.reasons.get(key, 'the usual value.')}"
         if owner:
             plan.configuration(owner)
             wanted[owner][field] = text
@@ -655,17 +658,14 @@ def override_plan(plan: Plan, settings: Sequence[str], configuration: str) -> tu
     for owner, fields in wanted.items():
         fitted = _fit(plan, owner, fields, messages)
         whole += [f"plan.configurations.{owner}.{field}={text}" for field, text in fitted.items()]
+        for field in fitted.keys() - fields.keys():
+            reasons[f"configurations.{owner}.{field}"] = f"Follows from what was set by hand ({', '.join(fields)})."
     result = plan.override(whole)
     made = {name: _estimated(result, c) if name in wanted else c for name, c in result.configurations.items()}
     for name in wanted:
         needed = made[typing.cast(ConfigurationName, name)].estimated_memory_mb
         if needed > plan.memory_budget_mb:
             messages.append(f"{name}: estimated at {needed:.0f} MB, more than the budget of {plan.memory_budget_mb:g}")
-    reasons = dict(plan.reasons)
-    for setting in settings:
-        owner, field, text = _address(setting, configuration)
-        key = f"configurations.{owner}.{field}" if owner else field
-        reasons[key] = f"Set by hand to {text}. By rule: {plan.reasons.get(key, 'the usual value.')}"
     return result.model_copy(update={"configurations": made, "reasons": reasons}), messages
 
 
@@ -735,7 +735,7 @@ def _fit(plan: Plan, name: str, fields: Mapping[str, str], messages: list[str]) 
         messages.append(
             f"{name}: patch_size {_x(patch)} was rounded up to {_x(fitting)}, a multiple of {_x(divisor.tolist())}"
         )
-    if fitting != old.patch_size:
+    if "patch_size" in fields or fitting != old.patch_size:
         result["patch_size"] = _json(fitting)
     return result
 
