@@ -59,6 +59,8 @@ def read(path: Path) -> Volume:
         raise UnreadableFile(path, "the header places the voxels inside itself", "voxels behind the header", _REPLACE)
     warnings: list[str] = []
     content = _read_bytes(data_path, _expected_bytes(header, data_path), warnings)
+    if _is_gzip(data_path) != data_path.name.lower().endswith(".gz"):
+        warnings.append(f"is {'' if _is_gzip(data_path) else 'not '}compressed by gzip, other than its name says")
     array = _pixels(header, content, data_path, warnings)
     geometry = Geometry(array.shape[1:], _affine(header, path, warnings))
     if geometry.is_sheared:
@@ -198,8 +200,7 @@ def _expected_bytes(header: Nifti1Header, path: Path) -> int:
         count *= n  # Python integers: no overflow
     size += count
     on_disk = path.stat().st_size
-    with path.open("rb") as file:
-        holds = on_disk * _DEFLATE_MAX_RATIO if file.read(2) == _GZIP_MAGIC else on_disk
+    holds = on_disk * _DEFLATE_MAX_RATIO if _is_gzip(path) else on_disk
     if size > MAX_IMAGE_BYTES:
         raise InputError(path, f"the header claims {size:,} bytes", f"at most {MAX_IMAGE_BYTES:,}", _REPLACE)
     if size > holds:
@@ -207,6 +208,11 @@ def _expected_bytes(header: Nifti1Header, path: Path) -> int:
             path, f"the file is shorter than its header says ({on_disk:,} bytes)", f"{size:,} bytes of image", _REPLACE
         )
     return size
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == _GZIP_MAGIC
 
 
 def _read_bytes(path: Path, expected: int, warnings: list[str]) -> bytes:
