@@ -309,10 +309,10 @@ def topology(spacing: Sequence[float] | Float, patch: Sequence[float] | NDArray[
 
 
 def feature_values(shape: Topology, features: Sequence[int], convs: int, classes: int) -> float:
-    """Numbers in all feature maps of one patch: convolutions, transposed ones, and classes at every decoder level."""
+    """Numbers in all feature maps of one patch: convolutions, transposed ones, and the classes of the last layer."""
     voxels = np.prod(shape.patch) / np.cumprod([np.prod(stride) for stride in shape.strides])
     maps = voxels * np.array(features, dtype=float)
-    return float(convs * maps.sum() + (convs + 1) * maps[:-1].sum() + classes * voxels[:-1].sum())
+    return float(convs * maps.sum() + (convs + 1) * maps[:-1].sum() + classes * voxels[0])
 
 
 def _features(recipe: Recipe, dims: int, stages: int) -> Sizes:
