@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from medseg.phantom import make_dataset
+
+settings.register_profile("medseg", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("medseg")
 
 
 @pytest.fixture(scope="session")
