@@ -39,7 +39,7 @@ class Recipe:
     Attributes:
         base_features: features of the first stage; each further one has twice as many.
         max_features: largest number of features, for networks of 2 and 3 dimensions.
-        batch_size: patches of a step; None leaves it to the rule.
+        batch_voxels: largest batch, two patches at least; None limits it by memory and the size of the dataset alone.
         patch_voxels: largest patch; None limits it by memory alone.
         deep_supervision: train the lower decoder levels too.
         training: optimiser, schedule and sampling.
@@ -47,7 +47,7 @@ class Recipe:
 
     base_features: int
     max_features: Mapping[int, int]
-    batch_size: int | None
+    batch_voxels: int | None
     patch_voxels: int | None
     deep_supervision: bool
     training: TrainingPlan
@@ -57,7 +57,7 @@ RECIPES: Mapping[Device, Recipe] = {
     "gpu": Recipe(
         base_features=32,
         max_features={2: 512, 3: 320},
-        batch_size=None,
+        batch_voxels=None,
         patch_voxels=None,
         deep_supervision=True,
         training=TrainingPlan(),
@@ -65,7 +65,7 @@ RECIPES: Mapping[Device, Recipe] = {
     "cpu": Recipe(
         base_features=16,
         max_features={2: 160, 3: 160},
-        batch_size=2,
+        batch_voxels=192 * 1024,
         patch_voxels=128 * 1024,
         deep_supervision=False,
         training=TrainingPlan(
@@ -377,7 +377,8 @@ def _design(spacing: Float, median: Float, data: _Data, recipe: Recipe, budget_m
         shape, shrunk = smaller, shrunk + 1
     room = round(budget_mb / memory(shape, 1))
     cap = round(voxels * MAX_COVERAGE / float(np.prod(shape.patch)))
-    batch = recipe.batch_size or max(MIN_BATCH, min(room, cap))
+    affordable = round(recipe.batch_voxels / float(np.prod(shape.patch))) if recipe.batch_voxels else room
+    batch = max(MIN_BATCH, min(room, cap, affordable))
     features = _features(recipe, dims, len(shape.strides))
     return _Design(shape, features, batch, start, shrunk, room, cap, memory(shape, batch))
 
@@ -574,9 +575,10 @@ class _Planner:
         return text + "."
 
     def _why_batch(self, design: _Design, usual: _Design) -> str:
-        if self.recipe.batch_size:
+        if self.recipe.batch_voxels:
             return (
-                f"{design.batch} on a CPU: small steps, and many of them. nnU-Net's rule for a GPU gives {usual.batch}."
+                f"{design.batch} on a CPU: small steps of about {self.recipe.batch_voxels:,} voxels, and many of them. "
+                f"nnU-Net's rule for a GPU gives {usual.batch}."
             )
         return (
             f"{self.budget_mb:g} MB hold {design.room}; {MAX_COVERAGE:.0%} of the dataset's voxels are {design.cap}; "
