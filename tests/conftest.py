@@ -4,14 +4,46 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from medseg.phantom import make_dataset
 
+if TYPE_CHECKING:
+    from medseg.pipeline import RunResult
+
 settings.register_profile("medseg", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("medseg")
+
+
+@pytest.fixture(scope="session")
+def phantom_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Decathlon folder of six labelled cases of about 20 x 20 x 10 voxels, and two without label. Do not change it.
+
+    Its labels are 1 and 5, so that nothing can take a channel's index for a label's value.
+    """
+    folder = tmp_path_factory.mktemp("phantom")
+    return make_dataset(folder, cases=6, test_cases=2, shape=(20, 20, 10), labels={"organ": 1, "lesion": 5})
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides() -> tuple[str, ...]:
+    """Plan settings for a network of three stages that takes a hundredth of a second a step."""
+    return ("plan.patch_size=[8,16,16]", "plan.features=[4,8,8]", "plan.batch_size=2")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    phantom_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> RunResult:
+    """What ``pipeline.run`` makes of the phantom dataset in four steps, seed 0, on a CPU. Do not change its files."""
+    from medseg.pipeline import run
+    from medseg.train import TrainSettings
+
+    out = tmp_path_factory.mktemp("run")
+    return run(phantom_dataset, out, train=TrainSettings(iterations=4, device="cpu"), overrides=tiny_overrides)
 
 
 @pytest.fixture(scope="session")
