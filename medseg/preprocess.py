@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from medseg.errors import GeometryMismatch
 from medseg.geometry import Box, Geometry
 from medseg.plan import Configuration, Normalisation, Plan
 from medseg.records import Record
@@ -68,26 +69,26 @@ class Prepared:
 def prepare(volume: Volume, plan: Plan, configuration: Configuration, mask: Mask | None = None) -> Prepared:
     """Reorient, crop, normalise and resample an image (and its mask) to the plan grid.
 
-    An image whose voxel axes are not orthogonal is first resampled to the nearest orthogonal grid of the same spacing.
-    The crop is the box of voxels that are not 0 in some channel; the whole image where there is none.
+    An image whose voxel axes are not orthogonal is resampled to the nearest orthogonal grid of the same spacing, after
+    it is reoriented: so all orientations of one image give one array. The crop is the box of voxels that are not 0 in
+    some channel; the whole image where there is none.
 
     Raises:
         InputError: the mask has a value without a name.
+        GeometryMismatch: the mask has another shape than the image.
     """
-    array, geometry = volume.array, volume.geometry
-    values = None if mask is None else plan.labels.to_indices(mask.array, mask.paths[0] if mask.paths else "mask")
-    if geometry.is_sheared:
-        straight = geometry.orthogonalised()
-        order = plan.resampling.image
-        array = np.stack([_transform(channel, geometry, straight, order) for channel in array])
-        values = None if values is None else _transform(values, geometry, straight, 0)
-        geometry = straight
     letters = "".join(plan.orientation[axis] for axis in plan.axes)
-    turn = geometry.to(letters)
-    array, oriented = turn.apply(array), geometry.reoriented(turn)
+    turn = volume.geometry.to(letters)
+    array, oriented = turn.apply(volume.array), volume.geometry.reoriented(turn)
+    values = None if mask is None else turn.apply(_indices(mask, volume, plan.labels))
+    grid = _straight(oriented)
+    if grid is not oriented:
+        array = np.stack([_sample(channel, oriented, grid, plan.resampling.image, "nearest") for channel in array])
+        values = None if values is None else _sample(values, oriented, grid, 0, "constant")
     box = Box.around((array != 0).any(axis=0))
-    array = normalise(array[(..., *box.slices)], plan.normalisation)
-    cropped = oriented.cropped(box)
+    i, j, k = box.slices
+    array = normalise(array[:, i, j, k], plan.normalisation)
+    cropped = grid.cropped(box)
     shape, spacing = plan_grid(cropped, configuration)
     rule = plan.resampling
     image_orders = axis_orders(cropped.spacing, spacing, rule, rule.image, rule.image_along_low)
@@ -95,7 +96,7 @@ def prepare(volume: Volume, plan: Plan, configuration: Configuration, mask: Mask
     logit_orders = axis_orders(spacing, cropped.spacing, rule, rule.logits, 0)
     indices = None
     if values is not None:
-        indices = np.ascontiguousarray(resample_labels(turn.apply(values)[box.slices], shape, label_orders))
+        indices = np.ascontiguousarray(resample_labels(values[box.slices], shape, label_orders))
     trace = GridTrace(
         native_shape=volume.geometry.shape,
         native_affine=_matrix(volume.geometry.affine),
@@ -119,17 +120,16 @@ def restore(slabs: Iterable[tuple[int, int, Float32]], trace: GridTrace, labels:
     Returns:
         Label values (I, J, K) on the native grid; background outside the crop.
     """
-    native = trace.native
-    grid = native.orthogonalised() if native.is_sheared else native
-    turn = grid.to(trace.orientation)
-    indices = np.zeros(grid.reoriented(turn).shape, dtype=np.uint8)
+    turn = trace.native.to(trace.orientation)
+    oriented = trace.native.reoriented(turn)
+    grid = _straight(oriented)
+    indices = np.zeros(grid.shape, dtype=np.uint8)
     inside = indices[trace.box.slices]
     for start, stop, winners in slab_indices(slabs, trace.plan_shape[0], trace.box.shape, trace.orders):
         inside[start:stop] = winners
-    indices = turn.inverse.apply(indices)
-    if native.is_sheared:
-        indices = _transform(indices, grid, native, 0)
-    return np.ascontiguousarray(labels.to_values(indices))
+    if grid is not oriented:
+        indices = _sample(indices, grid, oriented, 0, "constant")
+    return np.ascontiguousarray(labels.to_values(turn.inverse.apply(indices)))
 
 
 def normalise(array: NDArray[Any], normalisation: tuple[Normalisation, ...]) -> Float32:
@@ -159,21 +159,29 @@ def _normalise_channel(channel: NDArray[Any], rule: Normalisation, nonzero: NDAr
         return np.where(nonzero, scaled, np.float32(0)) if rule.nonzero_only else scaled
     if rule.scheme == "minmax":
         low, high = values.min(), values.max()
-        return (values - low) / max(high - low, np.float32(1e-8))
+        scaled = (values - low) / np.maximum(high - low, np.float32(1e-8))
+        return np.asarray(scaled, dtype=np.float32)
     return values / np.float32(255) if rule.scheme == "rgb" else values
 
 
-def _transform(array: NDArray[Any], source: Geometry, target: Geometry, order: int) -> NDArray[Any]:
-    """Sample (I, J, K) of the source grid at the voxels of the target grid; 0 outside for labels, the edge for images."""
+def _indices(mask: Mask, volume: Volume, labels: Labels) -> NDArray[np.uint8]:
+    where = mask.paths[0] if mask.paths else "mask"
+    if mask.array.shape != volume.geometry.shape:
+        raise GeometryMismatch(where, f"has shape {mask.array.shape}", f"that of its image, {volume.geometry.shape}")
+    return labels.to_indices(mask.array, where)
+
+
+def _straight(grid: Geometry) -> Geometry:
+    """The grid itself, or the nearest orthogonal one where it is sheared."""
+    return grid.orthogonalised() if grid.is_sheared else grid
+
+
+def _sample(array: NDArray[Any], source: Geometry, target: Geometry, order: int, outside: str) -> NDArray[Any]:
+    """Values of (I, J, K) of the source grid at the voxels of the target grid; ``outside`` is scipy's mode."""
     matrix = np.linalg.inv(source.affine) @ target.affine
     return np.asarray(
         ndimage.affine_transform(
-            array,
-            matrix[:3, :3],
-            matrix[:3, 3],
-            output_shape=target.shape,
-            order=order,
-            mode="nearest" if order else "constant",
+            array, matrix[:3, :3], matrix[:3, 3], output_shape=target.shape, order=order, mode=outside
         )
     )
 

@@ -41,13 +41,14 @@ def axis_orders(
 
 
 def resample_image(array: Float32, shape: Sequence[int], orders: Orders) -> Float32:
-    """Resample the last three axes of (..., I, J, K) to ``shape``; cubic results are clipped to the input's range."""
+    """Resample the last three axes of (..., I, J, K) to ``shape``; a cubic channel is clipped to its own range."""
     result = array
     # Axes that shrink most go first: less work for the others.
     for axis in sorted(range(3), key=lambda a: shape[a] / array.shape[a - 3]):
         result = _along(result, axis - 3, shape[axis], orders[axis])
-    if 3 in orders and result is not array and result.size:
-        result = np.clip(result, array.min(), array.max())
+    if 3 in orders and result is not array:
+        space = (-3, -2, -1)
+        result = np.clip(result, array.min(axis=space, keepdims=True), array.max(axis=space, keepdims=True))
     return np.ascontiguousarray(result, dtype=np.float32)
 
 
@@ -96,7 +97,8 @@ def slab_indices(
             done = ready
         if done < shape[0]:
             drop = min(int(low[done]) - first, kept.shape[1])
-            kept, first = kept[:, drop:], first + drop
+            kept, first = kept[:, drop:].copy(), first + drop  # a view would keep the whole slab
+        del logits  # before the next slab is made
 
 
 def _classes(
@@ -158,11 +160,10 @@ def cubic_operator(size: int, new_size: int) -> Float32:
 @lru_cache(maxsize=256)
 def _linear(size: int, new_size: int, order: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Float32]:
     """Lower and upper neighbour of every new sample, and the weight of the upper one; order 0: the nearest, twice."""
-    centres = (np.arange(new_size) + 0.5) * (size / new_size)
     if order == 0:
-        nearest = np.clip(np.floor(centres), 0, size - 1).astype(np.int64)
+        nearest = (2 * np.arange(new_size) + 1) * size // (2 * new_size)  # in integers: exact where two are as near
         return nearest, nearest, np.zeros(new_size, dtype=np.float32)
-    place = np.clip(centres - 0.5, 0, size - 1)
+    place = np.clip((np.arange(new_size) + 0.5) * (size / new_size) - 0.5, 0, size - 1)
     low = np.floor(place).astype(np.int64)
     high = np.minimum(low + 1, size - 1)
     return low, high, (place - low).astype(np.float32)
