@@ -41,6 +41,7 @@ class Recipe:
         max_features: largest number of features, for networks of 2 and 3 dimensions.
         batch_voxels: largest batch, two patches at least; None limits it by memory and the size of the dataset alone.
         patch_voxels: largest patch; None limits it by memory alone.
+        bytes_per_value: memory of a training step over the numbers in its feature maps; None takes nnU-Net's reference.
         deep_supervision: train the lower decoder levels too.
         training: optimiser, schedule and sampling.
     """
@@ -49,6 +50,7 @@ class Recipe:
     max_features: Mapping[int, int]
     batch_voxels: int | None
     patch_voxels: int | None
+    bytes_per_value: float | None
     deep_supervision: bool
     training: TrainingPlan
 
@@ -59,6 +61,7 @@ RECIPES: Mapping[Device, Recipe] = {
         max_features={2: 512, 3: 320},
         batch_voxels=None,
         patch_voxels=None,
+        bytes_per_value=None,
         deep_supervision=True,
         training=TrainingPlan(),
     ),
@@ -67,6 +70,7 @@ RECIPES: Mapping[Device, Recipe] = {
         max_features={2: 160, 3: 160},
         batch_voxels=192 * 1024,
         patch_voxels=128 * 1024,
+        bytes_per_value=20.0,  # float32, measured: 17 to 21 over six networks and patches (docs/experiments.md)
         deep_supervision=False,
         training=TrainingPlan(
             optimiser="muon",
@@ -337,10 +341,14 @@ class _Design:
     memory_mb: float
 
 
-def _memory_mb(shape: Topology, features: Sequence[int], convs: int, classes: int, batch: int) -> float:
+def _memory_mb(
+    shape: Topology, features: Sequence[int], convs: int, classes: int, batch: int, bytes_per_value: float | None
+) -> float:
+    values = feature_values(shape, features, convs, classes) * batch
+    if bytes_per_value is not None:
+        return values * bytes_per_value / 2**20
     reference = REFERENCES[len(shape.patch)]
-    values = feature_values(shape, features, convs, classes) * batch / reference.batch_size
-    return values / reference.values * REFERENCE_MEMORY_MB
+    return values / reference.batch_size / reference.values * REFERENCE_MEMORY_MB
 
 
 def _design(spacing: Float, median: Float, data: _Data, recipe: Recipe, budget_mb: float, voxels: float) -> _Design:
@@ -364,7 +372,8 @@ def _design(spacing: Float, median: Float, data: _Data, recipe: Recipe, budget_m
     start, shrunk = shape.patch, 0
 
     def memory(shape: Topology, batch: int) -> float:
-        return _memory_mb(shape, _features(recipe, dims, len(shape.strides)), 2, data.classes, batch)
+        features = _features(recipe, dims, len(shape.strides))
+        return _memory_mb(shape, features, 2, data.classes, batch, recipe.bytes_per_value)
 
     limit = recipe.patch_voxels or np.inf
     while memory(shape, MIN_BATCH) > budget_mb or np.prod(shape.patch) > limit:
@@ -538,11 +547,16 @@ class _Planner:
         yield "training", self._why_training()
         yield (
             "estimated_memory_mb",
-            (
-                f"{design.batch} patches' feature maps, on the scale on which nnU-Net's reference takes "
-                f"{REFERENCE_MEMORY_MB:g} MB; the budget is {self.budget_mb:g} MB."
-            ),
+            self._why_memory(design),
         )
+
+    def _why_memory(self, design: _Design) -> str:
+        scale = (
+            f"on the scale on which nnU-Net's reference takes {REFERENCE_MEMORY_MB:g} MB"
+            if self.recipe.bytes_per_value is None
+            else f"at {self.recipe.bytes_per_value:g} bytes a number, beside some 400 MB for the program"
+        )
+        return f"{design.batch} patches' feature maps, {scale}; the budget is {self.budget_mb:g} MB."
 
     def _why_spacing(self, name: ConfigurationName, spacing: Float) -> str:
         data = self.data
@@ -773,5 +787,12 @@ def _json(value: Any) -> str:
 def _estimated(plan: Plan, configuration: Configuration) -> Configuration:
     network = configuration.network
     shape = Topology(configuration.patch_size, network.strides, network.kernel_sizes)
-    memory = _memory_mb(shape, network.features, network.convs_per_stage, plan.labels.count, configuration.batch_size)
+    memory = _memory_mb(
+        shape,
+        network.features,
+        network.convs_per_stage,
+        plan.labels.count,
+        configuration.batch_size,
+        RECIPES[plan.device].bytes_per_value,
+    )
     return configuration.model_copy(update={"estimated_memory_mb": memory})
