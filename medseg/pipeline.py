@@ -39,24 +39,6 @@ DEFAULT_MEMORY_MB = 8192.0
 """Memory that a plan may use where nothing else is said: nnU-Net's 8 GB."""
 
 
-class Recipe(Record):
-    """What a script in ``pipelines/`` adds to the facts in a dataset's ``dataset.json``.
-
-    Attributes:
-        task: the folder's name, as "Task04_Hippocampus".
-        configuration: that suits the task.
-        tolerance_mm: of NSD.
-        regions: unions of labels to score beside the labels.
-        overrides: plan settings, as ``plan.batch_size=4``.
-    """
-
-    task: str
-    configuration: ConfigurationName = "3d_fullres"
-    tolerance_mm: float = DEFAULT_TOLERANCE_MM
-    regions: dict[str, tuple[int, ...]] = {}
-    overrides: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True)
 class RunResult:
     """What a run made.

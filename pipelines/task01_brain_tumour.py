@@ -19,7 +19,7 @@ part; code written for BraTS gives wrong regions here. Tumour core is {2, 3}, wh
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task01_BrainTumour",

@@ -17,7 +17,7 @@ Trap: with so few cases a score on four held-out ones says little; look at all f
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task02_Heart",

@@ -19,7 +19,7 @@ seen them, and its score here means nothing.
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task03_Liver",

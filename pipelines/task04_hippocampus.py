@@ -18,7 +18,7 @@ by itself. Some labels are stored as floating-point numbers.
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task04_Hippocampus",

@@ -16,7 +16,7 @@ Trap: the second channel was moved to the grid of the first, and carries no deta
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task05_Prostate",

@@ -18,7 +18,7 @@ Trap: without extra patches around the tumour, training sees almost only backgro
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task06_Lung",

@@ -16,7 +16,7 @@ Trap: one label stands for cysts, which are dark, and solid tumours, which are n
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task07_Pancreas",

@@ -16,7 +16,7 @@ Trap: Dice rewards the thick trunks; the surface measure at 3 mm tells more abou
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task08_HepaticVessel",

@@ -17,7 +17,7 @@ Trap: because of that spread in slice distance, the target spacing decides much;
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task09_Spleen",

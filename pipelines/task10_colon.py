@@ -17,7 +17,7 @@ Trap: cases without any found tumour are frequent. They count as 0, and are not 
 from __future__ import annotations
 
 from medseg.cli import run_recipe
-from medseg.pipeline import Recipe
+from medseg.recipe import Recipe
 
 RECIPE = Recipe(
     task="Task10_Colon",

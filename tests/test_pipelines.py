@@ -14,8 +14,8 @@ import pytest
 from medseg.dataset import Dataset, check
 from medseg.fingerprint import measure
 from medseg.phantom import make_dataset
-from medseg.pipeline import Recipe
 from medseg.planning import make_plan, override_plan
+from medseg.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "pipelines").glob("*.py"))
