@@ -82,7 +82,7 @@ def gaussian(patch: tuple[int, ...]) -> Float32:
         distance = (np.arange(n) - (n - 1) / 2) / max(n / 8, 1e-8)
         weight = weight[..., np.newaxis] * np.exp(-0.5 * distance**2)
     weight = weight / weight.max() * 10
-    return np.maximum(weight, 1e-4).astype(np.float32)
+    return np.asarray(np.maximum(weight, 1e-4), dtype=np.float32)
 
 
 def _rolling(
@@ -109,7 +109,7 @@ def _rolling(
         if total is None:  # pragma: no cover - there is always a tile
             return
         step = starts[0][row + 1] - top if row + 1 < len(starts[0]) else patch[0]
-        yield top, top + step, total[:, :step] / mass[:step]
+        yield top, top + step, np.divide(total[:, :step], mass[:step], dtype=np.float32)
         for buffer in (total, mass[np.newaxis]):
             buffer[:, : patch[0] - step] = buffer[:, step:].copy()
             buffer[:, patch[0] - step :] = 0
