@@ -22,21 +22,31 @@ def build_network(configuration: Configuration, in_channels: int, out_channels: 
     """The network of a plan's configuration, freshly initialised.
 
     Raises:
-        PlanError: the plan names an architecture that does not exist.
+        PlanError: the plan names an architecture that does not exist, or sizes that it cannot have.
     """
     plan = configuration.network
     if plan.name not in ARCHITECTURES:
         raise PlanError("plan.network.name", f"no architecture {plan.name!r}", " or ".join(ARCHITECTURES))
-    return ARCHITECTURES[plan.name](
-        spatial_dims=configuration.spatial_dims,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        features=plan.features,
-        kernel_sizes=plan.kernel_sizes,
-        strides=plan.strides,
-        convs_per_stage=plan.convs_per_stage,
-        deep_supervision=plan.deep_supervision,
-    )
+    if configuration.patch_size == plan.divisor:
+        raise PlanError(
+            "plan.patch_size",
+            f"{configuration.patch_size} is one voxel in the lowest stage",
+            "more, as no norm can scale a single voxel",
+            "use a larger patch or fewer stages",
+        )
+    try:
+        return ARCHITECTURES[plan.name](
+            spatial_dims=configuration.spatial_dims,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            features=plan.features,
+            kernel_sizes=plan.kernel_sizes,
+            strides=plan.strides,
+            convs_per_stage=plan.convs_per_stage,
+            deep_supervision=plan.deep_supervision,
+        )
+    except ValueError as failure:
+        raise PlanError("plan.network", str(failure)) from None
 
 
 __all__ = ["ARCHITECTURES", "UNet", "build_network"]

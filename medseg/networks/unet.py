@@ -7,6 +7,7 @@ strides that follow the anisotropy of the voxels, deep supervision.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ class UNet(nn.Module):
     """Encoder and decoder of the same number of stages, joined by concatenation.
 
     Input (N, in_channels, *spatial) of any spatial size; it is padded with zeros to a multiple of the strides inside
-    and cropped back. Output: logits (N, out_channels, *spatial); in training with deep supervision a list of logits,
+    (to two of them along the last axis where the lowest stage would be one voxel, which no norm can scale), and cropped
+    back. Output: logits (N, out_channels, *spatial); in training with deep supervision a list of logits,
     one for each decoder stage, highest resolution first, where a lower stage has the padded size over its strides.
 
     Args:
@@ -41,7 +43,8 @@ class UNet(nn.Module):
         deep_supervision: whether training returns the logits of the lower stages too.
 
     Raises:
-        ValueError: not one kernel and stride a stage, or a size with a wrong number of axes.
+        ValueError: not one kernel and stride a stage, a first stride that is not 1, an even kernel, or a size with a
+            wrong number of axes.
     """
 
     def __init__(
@@ -66,29 +69,19 @@ class UNet(nn.Module):
             raise ValueError(
                 f"features, kernel_sizes and strides need one entry a stage; got {stages}, {len(kernels)}, {len(steps)}"
             )
+        ones = (1,) * spatial_dims
+        if steps[0] != ones or any(k % 2 == 0 for kernel in kernels for k in kernel):
+            raise ValueError(f"the first stride must be 1 and kernels odd; got {steps[0]} and {kernels}")
         self.spatial_dims = spatial_dims
         self.deep_supervision = deep_supervision
-        self.divisor = tuple(int(torch.tensor(s).prod()) for s in zip(*steps, strict=True))
+        self.divisor = tuple(math.prod(along) for along in zip(*steps, strict=True))
+        common = {"adn_ordering": "DNA", "norm": norm, "act": act, "dropout": dropout or None}
 
         def stage(channels: int, width: int, kernel: tuple[int, ...], step: tuple[int, ...]) -> nn.Sequential:
             """Convolutions of one resolution; the first takes the step."""
-            ones = (1,) * spatial_dims
-            return nn.Sequential(
-                *(
-                    Convolution(
-                        spatial_dims,
-                        channels if n == 0 else width,
-                        width,
-                        strides=step if n == 0 else ones,
-                        kernel_size=kernel,
-                        adn_ordering="DNA",
-                        norm=norm,
-                        act=act,
-                        dropout=dropout or None,
-                    )
-                    for n in range(convs_per_stage)
-                )
-            )
+            first = Convolution(spatial_dims, channels, width, step, kernel, **common)
+            more = (Convolution(spatial_dims, width, width, ones, kernel, **common) for _ in range(convs_per_stage - 1))
+            return nn.Sequential(first, *more)
 
         self.encoder = nn.ModuleList()
         channels = in_channels
@@ -101,7 +94,7 @@ class UNet(nn.Module):
         for low in range(stages - 1, 0, -1):
             width = features[low - 1]
             self.upsample.append(transposed(features[low], width, steps[low], steps[low]))  # type: ignore[arg-type]
-            self.decoder.append(stage(2 * width, width, kernels[low - 1], (1,) * spatial_dims))
+            self.decoder.append(stage(2 * width, width, kernels[low - 1], ones))
             # Every level has its head, also without deep supervision, so that weights of both forms fit each other.
             self.heads.append(pointwise(width, out_channels, 1))
         self.apply(_initialise)
@@ -120,7 +113,8 @@ class UNet(nn.Module):
             x = stage(torch.cat([upsample(x), skips[last - n]], dim=1))
             if n == last or (self.training and self.deep_supervision):
                 logits.insert(0, head(x))
-        logits[0] = logits[0][(..., *(slice(n) for n in size))]
+        for axis, n in enumerate(size, start=2):
+            logits[0] = logits[0].narrow(axis, 0, n)
         return logits if self.training and self.deep_supervision else logits[0]
 
 
@@ -132,8 +126,10 @@ def _per_axis(size: Sizes, spatial_dims: int) -> tuple[int, ...]:
 
 
 def _pad(x: Tensor, divisor: Sequence[int]) -> Tensor:
-    """Zeros after the end of each axis, up to a multiple of the divisor."""
+    """Zeros after the end of each axis, up to a multiple of the divisor; never to the divisor itself on all axes."""
     missing = [-n % d for n, d in zip(x.shape[2:], divisor, strict=True)]
+    if all(n + m == d for n, m, d in zip(x.shape[2:], missing, divisor, strict=True)):
+        missing[-1] += divisor[-1]
     if not any(missing):
         return x
     return F.pad(x, [v for m in reversed(missing) for v in (0, m)])

@@ -1,0 +1,175 @@
+"""The U-Net: shapes, a parameter count by hand, MONAI's specifications, export."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from medseg.networks import UNet
+
+
+def unet(dims: int = 2, **more: Any) -> UNet:
+    torch.manual_seed(0)
+    return UNet(dims, **{"in_channels": 1, "out_channels": 2, "features": (2, 4, 4), **more})
+
+
+def logits_of(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        result = network.eval()(x)
+    assert isinstance(result, Tensor)
+    return result
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(2, 3).flatmap(lambda dims: st.tuples(*[st.integers(1, 13)] * dims)),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_any_size_goes_in_and_comes_out(size: tuple[int, ...], channels: int, classes: int, supervised: bool) -> None:
+    network = unet(len(size), in_channels=channels, out_channels=classes, deep_supervision=supervised)
+    x = torch.randn(2, channels, *size)
+    logits = logits_of(network, x)
+    assert logits.shape == (2, classes, *size)
+    assert logits.isfinite().all()
+    trained = network.train()(x)
+    assert isinstance(trained, list) == supervised
+    highest = trained[0] if supervised else trained
+    assert highest.shape == (2, classes, *size)
+
+
+def test_levels_of_deep_supervision_come_highest_resolution_first() -> None:
+    network = unet(3, features=(2, 4, 4, 4), strides=(1, (1, 2, 2), 2, 2), deep_supervision=True).train()
+    levels = network(torch.randn(1, 1, 8, 16, 24))
+    assert [tuple(level.shape) for level in levels] == [(1, 2, 8, 16, 24), (1, 2, 8, 8, 12), (1, 2, 4, 4, 6)]
+    assert network.divisor == (4, 8, 8)
+
+
+def test_the_number_of_parameters_by_hand() -> None:
+    # A convolution has in * out * 9 weights and a bias for each output; an instance norm a scale and a shift.
+    first = (1 * 2 * 9 + 2) + 4 + (2 * 2 * 9 + 2) + 4
+    second = (2 * 4 * 9 + 4) + 8 + (4 * 4 * 9 + 4) + 8
+    upsample = 4 * 2 * 4 + 2  # kernel and step 2 x 2
+    decoder = (4 * 2 * 9 + 2) + 4 + (2 * 2 * 9 + 2) + 4  # the skip doubles its channels
+    head = 2 * 2 + 2
+    assert first + second + upsample + decoder + head == 466
+    assert sum(p.numel() for p in unet(features=(2, 4)).parameters()) == 466
+
+
+def test_three_convolutions_a_stage_add_two_a_resolution() -> None:
+    # one more of 2 -> 2 in encoder and decoder (38 + 4 each), and one more of 4 -> 4 in the lowest stage (148 + 8)
+    assert sum(p.numel() for p in unet(features=(2, 4), convs_per_stage=3).parameters()) == 466 + 2 * 42 + 156
+
+
+def test_weights_fit_with_and_without_deep_supervision() -> None:
+    trained, shipped = unet(deep_supervision=True), unet(deep_supervision=False)
+    shipped.load_state_dict(trained.state_dict())
+    x = torch.randn(1, 1, 8, 8)
+    assert torch.equal(logits_of(trained, x), logits_of(shipped, x))
+
+
+def test_kernels_follow_the_plan() -> None:
+    network = unet(3, kernel_sizes=((1, 3, 3), 3, 3))
+    sizes = {p.shape[2:] for name, p in network.encoder[0].named_parameters() if name.endswith("conv.weight")}
+    assert sizes == {(1, 3, 3)}
+    # kernels of 1 along the first axis of the first stage, and nothing lower: planes do not see each other
+    flat = unet(3, features=(2, 2), kernel_sizes=((1, 3, 3), (1, 3, 3)), strides=(1, (1, 2, 2)), norm="batch").eval()
+    x = torch.randn(1, 1, 3, 8, 8)
+    changed = x.clone()
+    changed[:, :, 2] += 1
+    assert torch.equal(logits_of(flat, x)[:, :, :2], logits_of(flat, changed)[:, :, :2])
+
+
+def test_the_zeros_around_an_odd_size_are_after_its_end() -> None:
+    """In a network without norm, an image with zeros appended gives the same logits."""
+    network = unet(norm=None)
+    x = torch.randn(1, 1, 7, 6)
+    whole = torch.zeros(1, 1, 8, 8)
+    whole[..., :7, :6] = x
+    torch.testing.assert_close(logits_of(network, x), logits_of(network, whole)[..., :7, :6])
+
+
+def test_specifications_of_monai() -> None:
+    network = unet(norm="batch", act="relu", dropout=0.5)
+    kinds = {type(module) for module in network.modules()}
+    assert {nn.BatchNorm2d, nn.ReLU, nn.Dropout2d} <= kinds or {nn.BatchNorm2d, nn.ReLU, nn.Dropout} <= kinds
+    assert not {nn.InstanceNorm2d, nn.LeakyReLU} & kinds
+    grouped = unet(features=(4, 4, 4), norm=("group", {"num_groups": 2}), act=("prelu", {"init": 0.1}))
+    assert logits_of(grouped, torch.randn(1, 1, 8, 8)).shape == (1, 2, 8, 8)
+
+
+def test_the_default_is_instance_norm_and_leaky_relu() -> None:
+    network = unet()
+    assert sum(isinstance(m, nn.InstanceNorm2d) and m.affine for m in network.modules()) == 10
+    assert {m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)} == {0.01}
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_image_that_shrinks_to_one_voxel_is_padded_once_more(dims: int) -> None:
+    """torch refuses to normalise a single voxel; two are nothing to it."""
+    network = unet(dims)
+    for size in ((1,) * dims, (4,) * dims, (1,) * (dims - 1) + (3,)):
+        x = torch.randn(1, 1, *size)
+        assert logits_of(network, x).isfinite().all()
+        assert network.train()(x).shape == (1, 2, *size)
+    padded = torch.zeros(1, 1, *[4] * (dims - 1), 8)
+    padded[..., :4] = x = torch.randn(1, 1, *[4] * dims)
+    torch.testing.assert_close(logits_of(network, x), logits_of(network, padded)[..., :4])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_export_gives_the_same_logits(dims: int) -> None:
+    network = unet(dims).eval()
+    x = torch.randn(1, 1, *[9] * dims)
+    exported = torch.export.export(network, (x,))
+    torch.testing.assert_close(exported.module()(x), logits_of(network, x))
+
+
+def test_arguments_can_be_kept_as_json() -> None:
+    arguments = {
+        "spatial_dims": 3,
+        "in_channels": 2,
+        "out_channels": 3,
+        "features": (2, 4),
+        "kernel_sizes": ((1, 3, 3), 3),
+        "strides": (1, (1, 2, 2)),
+        "norm": ("INSTANCE", {"affine": True}),
+        "act": ("LEAKYRELU", {"negative_slope": 0.01}),
+    }
+    torch.manual_seed(0)
+    first = UNet(**arguments)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    second = UNet(**json.loads(json.dumps(arguments)))
+    x = torch.randn(1, 2, 4, 6, 6)
+    assert torch.equal(logits_of(first, x), logits_of(second, x))
+
+
+def test_initialised_as_he_et_al_say() -> None:
+    torch.manual_seed(0)
+    network = UNet(2, 1, 2, features=(64, 128))
+    weight = network.encoder[1][1].conv.weight
+    assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)  # the slope of 0.01 adds nothing
+    assert all(not p.any() for name, p in network.named_parameters() if name.endswith("conv.bias"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"features": (4,)}, "one entry a stage"),
+        ({"strides": (1, 2)}, "one entry a stage"),
+        ({"kernel_sizes": (3, 3)}, "one entry a stage"),
+        ({"kernel_sizes": (3, 3, (3, 3, 3))}, "2 axes"),
+        ({"kernel_sizes": (3, 3, 2)}, "kernels odd"),
+        ({"strides": (2, 2, 2)}, "first stride must be 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        unet(**arguments)
