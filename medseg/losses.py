@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from monai.losses import DeepSupervisionLoss, DiceLoss
@@ -34,12 +35,14 @@ class DiceCrossEntropy(nn.Module):
         entropy = F.cross_entropy(logits, target, ignore_index=-100 if self.ignore_index is None else self.ignore_index)
         probabilities = torch.softmax(logits, dim=1)
         if self.ignore_index is None:
-            return entropy + self.dice(probabilities, one_hot(labels.long(), logits.shape[1]))
+            dice: Tensor = self.dice(probabilities, one_hot(labels.long(), logits.shape[1]))
+            return entropy + dice
         valid = labels != self.ignore_index
-        hot = one_hot(torch.where(valid, labels, 0).long(), logits.shape[1])
         if not valid.any():  # cross-entropy over no voxel is NaN
             return 0.0 * logits.sum()
-        return entropy + self.dice(probabilities * valid, hot * valid)
+        hot = one_hot(torch.where(valid, labels, 0).long(), logits.shape[1])
+        dice = self.dice(probabilities * valid, hot * valid)
+        return entropy + dice
 
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {"dice_ce": DiceCrossEntropy}
@@ -60,5 +63,6 @@ def build_loss(
     name: str, *, batch: bool, ignore_index: int | None, levels: int
 ) -> Callable[[Tensor | list[Tensor], Tensor], Tensor]:
     """The loss of a network's output: of one tensor, or of the list of ``levels`` tensors of deep supervision."""
-    loss: nn.Module = LOSSES[name](batch=batch, ignore_index=ignore_index)
-    return DeepSupervisionLoss(loss, weights=supervision_weights(levels)) if levels > 1 else loss
+    loss: Any = LOSSES[name](batch=batch, ignore_index=ignore_index)
+    result: nn.Module = DeepSupervisionLoss(loss, weights=supervision_weights(levels)) if levels > 1 else loss
+    return result

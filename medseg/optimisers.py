@@ -18,7 +18,7 @@ ADAM_LEARNING_RATE = 2e-3
 
 
 class Muon(Optimizer):
-    """Momentum whose update of each convolution kernel is replaced by its nearest orthogonal matrix; AdamW for the rest.
+    """Momentum whose update of each convolution kernel is made its nearest orthogonal matrix; AdamW for the rest.
 
     Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024 (kellerjordan.github.io/posts/muon):
     the momentum, seen as a matrix out_channels x (in_channels * kernel voxels), is orthogonalised by five
@@ -45,7 +45,7 @@ class Muon(Optimizer):
         super().__init__([group for group in groups if group["params"]], shared)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient; what ``closure`` returns, if one is given."""
         loss = None
         if closure is not None:
@@ -63,7 +63,8 @@ class Muon(Optimizer):
         running = self._running(parameter, "momentum").lerp_(parameter.grad, 1 - momentum)  # type: ignore[arg-type]
         matrix = parameter.grad.lerp(running, momentum).flatten(1)  # type: ignore[union-attr]
         scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-        return orthogonalised(matrix).view_as(parameter) * scale
+        move: Tensor = orthogonalised(matrix).view_as(parameter) * scale
+        return move
 
     def _adam_move(self, parameter: Tensor, momentum: float) -> Tensor:
         """AdamW's step (Loshchilov and Hutter 2019) with betas (0.9, 0.99)."""
@@ -95,7 +96,8 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    result: Tensor = (x.T if tall else x).to(matrix.dtype)
+    return result
 
 
 def build_optimiser(network: nn.Module, plan: TrainingPlan) -> Optimizer:

@@ -156,9 +156,7 @@ def test_the_mask_of_a_reoriented_image_is_the_reoriented_mask(shear: float) -> 
 
 @settings(max_examples=30)
 @given(st.floats(-0.6, 0.6), st.tuples(angles, angles, angles), st.sampled_from(ALL_48))
-def test_a_sheared_grid_comes_back_nearly(
-    shear: float, turns: tuple[float, float, float], turn: Reorientation
-) -> None:
+def test_a_sheared_grid_comes_back_nearly(shear: float, turns: tuple[float, float, float], turn: Reorientation) -> None:
     grid = Geometry((18, 17, 16), affine_of((1.0, 1.1, 1.2), turns, shear)).reoriented(turn)
     image = blob(grid.shape)
     mask = np.where(image > 0, 7, 0)
@@ -286,7 +284,9 @@ def test_the_trace_survives_json_bit_for_bit(tmp_path: Path) -> None:
 def test_voxels_to_ignore_have_an_index_of_their_own() -> None:
     labels = Labels(values={"organ": 7, "lesion": 300}, ignore=9)
     mask = np.array([0, 7, 9, 300]).reshape(4, 1, 1)
-    ready = prepared(Volume(line(1, 2, 3, 4), Geometry((4, 1, 1), np.eye(4))), make_plan((1, 1, 1), labels=labels), mask)
+    ready = prepared(
+        Volume(line(1, 2, 3, 4), Geometry((4, 1, 1), np.eye(4))), make_plan((1, 1, 1), labels=labels), mask
+    )
     assert ready.indices is not None
     assert ready.indices.ravel().tolist() == [0, 1, 3, 2]
     assert restore(one_hot(ready.indices, 4), ready.trace, labels).ravel().tolist() == [0, 7, 9, 300]

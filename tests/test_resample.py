@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -155,7 +156,7 @@ def test_labels_are_those_of_the_largest_share(
 
 def cut(logits: NDArray[np.float32], cuts: list[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
     edges = sorted({0, logits.shape[1], *(c for c in cuts if c < logits.shape[1])})
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         yield start, stop, logits[:, start:stop].copy()
 
 

@@ -98,7 +98,7 @@ def test_equal_to_a_buffer_of_the_whole_volume(
 
 @pytest.mark.parametrize("shape", [(8, 8, 8), (12, 4, 10), (3, 2, 4)])
 def test_equal_to_monai_where_it_places_the_same_tiles(shape: tuple[int, ...]) -> None:
-    """MONAI lets its last tile jump back and floors its weights at 1e-3; with sizes in steps and our weights it is equal."""
+    """MONAI lets its last tile jump back and has a higher floor of weights: so sizes in steps, and our weights."""
     image, network = image_of(shape), convolution(0)
     found = joined([network], image, (4, 4, 4))
     theirs = sliding_window_inference(
