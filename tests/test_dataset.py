@@ -13,7 +13,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from medseg.dataset import Case, Dataset, Finding, Findings, Fold, check
+from medseg.check import check
+from medseg.dataset import Case, Dataset, Finding, Findings, Fold
 from medseg.errors import DatasetError, InputError
 
 DATA = os.environ.get("MEDSEG_TEST_DATA", "")
