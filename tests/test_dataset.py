@@ -1,64 +1,19 @@
-"""Dataset: what the two kinds of dataset.json mean, the folds, and every fault of the check."""
+"""Dataset: what the two kinds of dataset.json mean, and the folds."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel
-import numpy as np
 import pytest
+from small_datasets import decathlon, image, mask, nnunet, write
 
-from medseg.check import check
-from medseg.dataset import Case, Dataset, Finding, Findings, Fold
+from medseg.dataset import Case, Dataset, Fold
 from medseg.errors import DatasetError, InputError
 
 DATA = os.environ.get("MEDSEG_TEST_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="MEDSEG_TEST_DATA is not set")
-SHAPE = (8, 9, 10)
-
-
-def image(seed: int, shape: tuple[int, ...] = SHAPE) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).uniform(1, 100, shape).astype(np.float32)
-
-
-def mask(shape: tuple[int, ...] = SHAPE) -> np.ndarray[Any, Any]:
-    array = np.zeros(shape, np.uint8)
-    array[2:4, 2:4, 2:4], array[5:7, 2:4, 2:4] = 1, 2
-    return array
-
-
-def write(path: Path, array: np.ndarray[Any, Any], spacing: tuple[float, ...] = (1, 1, 1), shift: float = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    affine = np.diag([*spacing, 1.0])
-    affine[0, 3] = shift
-    nibabel.Nifti1Image(array, affine).to_filename(path)
-
-
-def decathlon(root: Path, count: int = 6, **changes: Any) -> Path:
-    """A sound Decathlon task of ``count`` cases c0, c1, ..."""
-    names = [f"c{n}" for n in range(count)]
-    for n, name in enumerate(names):
-        write(root / "imagesTr" / f"{name}.nii.gz", image(n))
-        write(root / "labelsTr" / f"{name}.nii.gz", mask())
-    body = {
-        "name": "Blobs",
-        "modality": {"0": "MRI"},
-        "labels": {"0": "background", "1": "near", "2": "far"},
-        "numTraining": count,
-        "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],
-        "test": [],
-    }
-    (root / "dataset.json").write_text(json.dumps({**body, **changes}))
-    return root
-
-
-def found(root: Path) -> list[tuple[str, str, bool]]:
-    return [(f.case, f.kind, f.unusable) for f in check(Dataset.open(root)).findings]
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -75,23 +30,6 @@ def test_decathlon_as_downloaded(tmp_path: Path) -> None:
     assert dataset.case("c1").images == (tmp_path / "imagesTr" / "c1.nii.gz",)
     assert dataset.test == (Case("t1", (tmp_path / "imagesTs" / "t1.nii.gz",), None),)
     assert dataset.faults == ()
-
-
-def nnunet(root: Path, **changes: Any) -> Path:
-    for n, name in enumerate(["b", "a"]):
-        for channel in range(2):
-            write(root / "imagesTr" / f"{name}_000{channel}.nii.gz", image(2 * n + channel))
-        write(root / "labelsTr" / f"{name}.nii.gz", mask())
-    write(root / "imagesTs" / "t_0000.nii.gz", image(10))
-    write(root / "imagesTs" / "t_0001.nii.gz", image(11))
-    body = {
-        "channel_names": {"0": "T1", "1": "T2"},
-        "labels": {"background": 0, "near": 1, "far": 2},
-        "numTraining": 2,
-        "file_ending": ".nii.gz",
-    }
-    (root / "dataset.json").write_text(json.dumps({**body, **changes}))
-    return root
 
 
 def test_nnunet_finds_its_cases_by_name(tmp_path: Path) -> None:
@@ -198,197 +136,7 @@ def test_digest_follows_every_byte(tmp_path: Path) -> None:
     assert dataset.digest() != first
 
 
-# ---- check -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_sound_dataset_has_no_findings(tmp_path: Path) -> None:
-    decathlon(tmp_path)
-    seen: list[float] = []
-    findings = check(Dataset.open(tmp_path), lambda work, fraction, note: seen.append(fraction))
-    assert findings == Findings(findings=(), cases_checked=6)
-    assert seen[-1] == 1.0
-    assert findings.unusable_cases == ()
-
-
-def spoil(change: Callable[[np.ndarray[Any, Any]], Any]) -> Callable[[Path], None]:
-    def apply(root: Path) -> None:
-        array = image(1)
-        write(root / "imagesTr" / "c1.nii.gz", np.asarray(change(array)))
-
-    return apply
-
-
-def relabel(change: Callable[[np.ndarray[Any, Any]], Any], **grid: Any) -> Callable[[Path], None]:
-    return lambda root: write(root / "labelsTr" / "c1.nii.gz", np.asarray(change(mask())), **grid)
-
-
-def with_nan(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    array[0, 0, :3] = np.nan
-    return array
-
-
-def truncated(root: Path) -> None:
-    file = root / "imagesTr" / "c1.nii.gz"
-    file.write_bytes(file.read_bytes()[:-200])
-
-
-def half_as_long(root: Path) -> None:
-    file = root / "imagesTr" / "c1.nii.gz"
-    file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1000]))
-
-
-FAULTS: dict[str, tuple[Callable[[Path], Any], list[tuple[str, str, bool]]]] = {
-    "image gone": (lambda r: (r / "imagesTr/c1.nii.gz").unlink(), [("c1", "missing-image", True)]),
-    "label gone": (lambda r: (r / "labelsTr/c1.nii.gz").unlink(), [("c1", "missing-label", True)]),
-    "truncated": (truncated, [("c1", "damaged", True)]),
-    "shorter than its header": (half_as_long, [("c1", "damaged", True)]),
-    "no image": (lambda r: (r / "imagesTr/c1.nii.gz").write_bytes(b"hello"), [("c1", "damaged", True)]),
-    "nan": (spoil(with_nan), [("c1", "not-finite", True)]),
-    "constant": (spoil(np.ones_like), [("c1", "constant", True)]),
-    "two channels": (spoil(lambda a: np.stack([a, a], -1)), [("c1", "channels", True)]),
-    "other shape": (relabel(lambda m: m[:-1]), [("c1", "grid", True)]),
-    "other origin": (relabel(lambda m: m, shift=0.5), [("c1", "grid", True)]),
-    "halves": (relabel(lambda m: m * 0.75), [("c1", "label-values", True)]),
-    "unknown value": (relabel(lambda m: m * 2), [("c1", "unknown-labels", True)]),
-    "float but whole": (relabel(lambda m: m.astype(np.float64)), []),
-    "empty": (relabel(np.zeros_like), [("c1", "empty", False)]),
-    "no class 2": (relabel(lambda m: m % 2), [("c1", "class-missing", False)]),
-    "CT among MR": (spoil(lambda a: a * 20 - 1000), [("c1", "foreign-intensity", True)]),
-    "another scale of MR": (spoil(lambda a: a * 1000), []),
-    "a copy": (lambda r: write(r / "imagesTr/c1.nii.gz", image(0)), [("c1", "duplicate-image", True)]),
-    "strays": (
-        lambda r: [(r / p).write_bytes(b"x") for p in ("imagesTr/._c1.nii.gz", "labelsTr/a.txt", ".DS_Store")],
-        [("", "stray", False)],
-    ),
-    "not listed": (lambda r: write(r / "imagesTr/c9.nii.gz", image(9)), [("c9", "not-listed", False)]),
-    "two endings": (lambda r: write(r / "imagesTr/c1.nii", image(9)), [("c1", "duplicate-id", False)]),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_each_fault_alone(tmp_path: Path, name: str) -> None:
-    plant, expected = FAULTS[name]
-    plant(decathlon(tmp_path))
-    assert found(tmp_path) == expected
-
-
-def test_all_at_once(tmp_path: Path) -> None:
-    decathlon(tmp_path, 9)
-    (tmp_path / "imagesTr/c1.nii.gz").unlink()
-    (tmp_path / "imagesTr/c2.nii.gz").write_bytes(b"")
-    write(tmp_path / "imagesTr/c3.nii.gz", with_nan(image(3)))
-    write(tmp_path / "labelsTr/c3.nii.gz", mask() * 3)
-    write(tmp_path / "imagesTr/c4.nii.gz", image(4, (8, 9, 11)))
-    assert found(tmp_path) == [
-        ("c1", "missing-image", True),
-        ("c2", "damaged", True),
-        ("c3", "unknown-labels", True),
-        ("c3", "not-finite", True),
-        ("c4", "grid", True),
-    ]
-    findings = check(Dataset.open(tmp_path))
-    assert findings.unusable_cases == ("c1", "c2", "c3", "c4")
-    assert findings.counts == {"damaged": 1, "grid": 1, "missing-image": 1, "not-finite": 1, "unknown-labels": 1}
-    assert [f.kind for f in findings.of("c3")] == ["unknown-labels", "not-finite"]
-    assert all(f.found and f.remedy for f in findings.findings)
-    assert found_after_skipping(tmp_path, findings) == []
-    path = tmp_path / "findings.json"
-    findings.save(path)
-    assert Findings.load(path) == findings
-
-
-def found_after_skipping(root: Path, findings: Findings) -> list[Finding]:
-    return list(check(Dataset.open(root).without(findings.unusable_cases)).findings)
-
-
-def test_faults_of_the_list(tmp_path: Path) -> None:
-    decathlon(tmp_path, 4)
-    write(tmp_path / "imagesTr/c1.nii", image(11))
-    write(tmp_path / "imagesTr/C2.nii.gz", image(12))
-    pair = {"label": "./labelsTr/c1.nii.gz"}
-    entries = [{"image": f"./imagesTr/c{n}.nii.gz", "label": f"./labelsTr/c{n}.nii.gz"} for n in (0, 0, 1, 2, 3)]
-    entries += [{"image": "./imagesTr/c1.nii", **pair}, {"image": "./imagesTr/C2.nii.gz", **pair}]
-    tests = ["./imagesTs/gone.nii.gz", "./imagesTr/c3.nii.gz"]
-    body = json.loads((tmp_path / "dataset.json").read_text())
-    (tmp_path / "dataset.json").write_text(json.dumps({**body, "training": entries, "test": tests}))
-    assert found(tmp_path) == [
-        ("", "missing-test", False),
-        ("", "count", False),
-        ("c0", "listed-twice", False),
-        ("c1", "duplicate-id", True),
-        ("c2", "duplicate-id", True),
-        ("c3", "leak", False),
-    ]
-
-
-def test_a_test_case_that_is_trained_on(tmp_path: Path) -> None:
-    decathlon(tmp_path, 2, test=["./imagesTs/t.nii.gz"])
-    write(tmp_path / "imagesTs/t.nii.gz", image(1))
-    assert found(tmp_path) == [("t", "leak", True)]
-
-
-def test_nnunet_half_cases(tmp_path: Path) -> None:
-    nnunet(tmp_path)
-    (tmp_path / "labelsTr/a.nii.gz").unlink()
-    (tmp_path / "imagesTr/b_0001.nii.gz").unlink()
-    assert found(tmp_path) == [("a", "missing-label", True), ("b", "missing-image", True)]
-
-
-def test_channels_on_two_grids(tmp_path: Path) -> None:
-    nnunet(tmp_path)
-    write(tmp_path / "imagesTr/a_0001.nii.gz", image(1), shift=3)
-    assert found(tmp_path) == [("a", "channel-grids", True)]
-
-
-def test_a_class_that_no_case_has(tmp_path: Path) -> None:
-    decathlon(tmp_path, 3, labels={"0": "background", "1": "near", "2": "far", "3": "nowhere"})
-    assert found(tmp_path) == [("", "class-missing", False)]
-
-
-def test_foreign_grid_is_named_with_its_figures(tmp_path: Path) -> None:
-    decathlon(tmp_path)
-    big = (64, 64, 20)
-    write(tmp_path / "imagesTr/c1.nii.gz", image(1, big), (0.7, 0.7, 5))
-    write(tmp_path / "labelsTr/c1.nii.gz", mask(big), (0.7, 0.7, 5))
-    (finding,) = check(Dataset.open(tmp_path)).findings
-    assert (finding.case, finding.kind, finding.unusable) == ("c1", "foreign-grid", True)
-    assert "64x64x20 voxels of 0.7x0.7x5 mm span 44.8x44.8x100 mm" in finding.found
-    assert "spans 8x9x10 mm" in finding.found
-
-
-def test_slice_distances_of_ct_are_not_foreign(tmp_path: Path) -> None:
-    decathlon(tmp_path, 9, modality={"0": "CT"})
-    for n, distance in enumerate([0.8, 1, 1, 1, 1, 1, 2.5, 5, 8]):
-        shape = (8, 9, round(60 / distance))
-        spacing = (0.7 + 0.03 * n, 0.7 + 0.03 * n, distance)
-        write(tmp_path / f"imagesTr/c{n}.nii.gz", image(n, shape) * 20 - 1000, spacing)
-        write(tmp_path / f"labelsTr/c{n}.nii.gz", mask(shape), spacing)
-    assert found(tmp_path) == []
-    write(tmp_path / "imagesTr/c5.nii.gz", image(5, (8, 9, 60)) * 20 + 24, (0.85, 0.85, 1))  # slope lost: no air
-    write(tmp_path / "labelsTr/c5.nii.gz", mask((8, 9, 60)), (0.85, 0.85, 1))
-    assert found(tmp_path) == [("c5", "foreign-intensity", True)]
-
-
-# ---- real data -------------------------------------------------------------------------------------------------------
-
-
-@needs_data
-def test_planted_faults_and_nothing_else() -> None:
-    root = Path(DATA) / "Task04_planted"
-    assert found(root) == [
-        ("", "stray", False),
-        ("hippocampus_010", "missing-image", True),
-        ("hippocampus_118", "missing-label", True),
-        ("hippocampus_281", "missing-image", True),
-        ("hippocampus_281", "class-missing", False),
-        ("hippocampus_281", "foreign-grid", True),
-    ]
-
-
-@needs_data
-def test_nothing_false_on_task04() -> None:
-    dataset = Dataset.open(Path(DATA) / "Task04_Hippocampus")
-    assert check(dataset) == Findings(findings=(), cases_checked=200)
+# ---- real data ----
 
 
 @needs_data
