@@ -38,7 +38,7 @@ def test_nnunet_finds_its_cases_by_name(tmp_path: Path) -> None:
     assert [case.id for case in dataset.cases] == ["a", "b"]
     assert [file.name for file in dataset.case("a").files] == ["a_0000.nii.gz", "a_0001.nii.gz", "a.nii.gz"]
     assert [(case.id, len(case.images), case.label) for case in dataset.test] == [("t", 2, None)]
-    assert check(dataset).findings == ()
+    assert dataset.faults == ()
 
 
 def test_nnunet_with_an_explicit_list(tmp_path: Path) -> None:
