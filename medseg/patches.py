@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medseg import io
-from medseg.augment import build_transform, read_size
+from medseg.augment import build_transform, read_size, seed_transform
 from medseg.dataset import Case, Dataset
 from medseg.errors import DatasetError, InputError, MedsegError
 from medseg.plan import Configuration, Plan
@@ -79,7 +79,7 @@ class PreparedCase:
 
     @cached_property
     def coordinates(self) -> dict[int, NDArray[np.int32]]:
-        """Places (N, 3) of voxels of each class that the case has."""
+        """Places (N, 3) of voxels of each class that the case has; the background and voxels to ignore are none."""
         table = np.asarray(self._open("coordinates"))
         return {int(c): np.ascontiguousarray(table[table[:, 0] == c, 1:]) for c in np.unique(table[:, 0])}
 
@@ -124,7 +124,7 @@ def prepare_case(case: Case, plan: Plan, configuration: str, folder: Path) -> Pr
     volume = io.read_volume(case.images, len(plan.channels))
     ready = prepare(volume, plan, setup, io.read_mask(case.label, plan.labels))
     files = {}
-    for part, array in zip(_ARRAYS, _storable(ready), strict=True):
+    for part, array in zip(_ARRAYS, _storable(ready, plan.labels.count), strict=True):
         path = _array_path(stem, part)
         with replacing(path) as temporary:
             np.save(temporary, array, allow_pickle=False)
@@ -156,7 +156,7 @@ def draw_batch(cases: Sequence[PreparedCase], configuration: Configuration, seed
     for sample in range(configuration.batch_size):
         case = cases[int(rng.integers(len(cases)))]
         patch = draw_patch(case, configuration, rng, foreground=sample >= configuration.batch_size - forced)
-        transform.set_random_state(int(rng.integers(2**32)))
+        seed_transform(transform, int(rng.integers(2**32)))
         done = transform(patch)
         images.append(_plain(done["image"]))
         labels.append(_plain(done["labels"]))
@@ -230,7 +230,8 @@ def _foreground_voxel(case: PreparedCase, rng: np.random.Generator) -> NDArray[n
     if not classes:
         return None
     places = case.coordinates[classes[int(rng.integers(len(classes)))]]
-    return places[int(rng.integers(len(places)))]
+    voxel: NDArray[np.int32] = places[int(rng.integers(len(places)))]
+    return voxel
 
 
 def _cut(array: NDArray[Any], starts: Sequence[int], size: Sequence[int]) -> NDArray[Any]:
@@ -243,19 +244,26 @@ def _cut(array: NDArray[Any], starts: Sequence[int], size: Sequence[int]) -> NDA
     return block
 
 
-def _storable(ready: Prepared) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """The arrays of a case as they are stored: half precision where it holds the values (eleven bits are plenty)."""
+def _storable(ready: Prepared, classes: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The arrays of a case as they are stored."""
     if ready.indices is None:
         raise ValueError("a case without labels cannot be stored for training")
-    half = ready.image.astype(np.float16) if np.abs(ready.image).max(initial=0) < np.finfo(np.float16).max else None
-    return ready.image if half is None else half, ready.indices, _coordinates(ready.indices)
+    return _compact(ready.image), ready.indices, _coordinates(ready.indices, classes)
 
 
-def _coordinates(indices: NDArray[np.uint8]) -> NDArray[np.int32]:
+def _compact(image: NDArray[np.float32]) -> NDArray[Any]:
+    """The image in half precision where that is as good as eleven bits of its largest value, else as it is."""
+    with np.errstate(over="ignore"):
+        half = image.astype(np.float16)
+    error = np.abs(half - image).max(initial=0)
+    return half if error <= 2**-11 * np.abs(image).max(initial=0) else image
+
+
+def _coordinates(indices: NDArray[np.uint8], classes: int) -> NDArray[np.int32]:
     """Rows (class, d, h, w): up to ``MAX_COORDINATES`` voxels of each class, evenly drawn with a fixed seed."""
     rng = np.random.default_rng(0)
     rows = [np.zeros((0, 4), dtype=np.int32)]
-    for value in np.unique(indices)[1:] if (indices == 0).any() else np.unique(indices):
+    for value in range(1, classes):
         places = np.flatnonzero(indices == value)
         if len(places) > MAX_COORDINATES:
             places = np.sort(rng.choice(places, MAX_COORDINATES, replace=False))
