@@ -38,5 +38,5 @@ def keep_freed_memory() -> None:
         return
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
     libc = ctypes.CDLL(None)
-    libc.mallopt(mmap_threshold, most)
+    libc.mallopt(mmap_threshold, most) or libc.mallopt(mmap_threshold, 2**25)  # older glibc takes 32 MiB at most
     libc.mallopt(trim_threshold, most)

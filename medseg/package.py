@@ -1,7 +1,9 @@
 """ModelPackage: a trained model on disk. A folder, or the same folder in one zip, of JSON and safetensors.
 
-Nothing in it is code and nothing is unpickled. ``package.json`` lists every file with its SHA-256 and is written last;
-loading refuses a package with a missing or altered file.
+Nothing in it is code and nothing is unpickled. ``package.json`` lists plan and weights with their SHA-256, and only
+what it lists is read; loading refuses a package with a missing or altered file. Files are named by their content, so
+that those of an earlier package stay as they are until a new ``package.json`` takes its place. ``README.md`` is the
+model card, for people.
 """
 
 from __future__ import annotations
@@ -9,22 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from medseg.errors import InputError, PackageError
+from medseg.errors import PackageError, PlanError
 from medseg.networks import build_network
 from medseg.plan import Configuration, ConfigurationName, Plan
-from medseg.records import Record, digest_of, replacing, write_bytes
+from medseg.records import Record, digest_of, replacing, write_bytes, write_text
 
 R = TypeVar("R", bound=Record)
-MANIFEST, PLAN, CARD = "package.json", "plan.json", "README.md"
+MANIFEST, CARD = "package.json", "README.md"
+MOST_COMPRESSED = 100
+"""Times that a file of a package may be larger than in its zip: JSON is about ten, weights are one."""
 
 
 class FoldRecord(Record):
@@ -54,14 +59,16 @@ class Manifest(Record):
     Attributes:
         name: of the model.
         configuration: the plan's configuration that was trained.
+        plan: name of the plan's file in the package.
         folds: by their number.
-        files: name -> SHA-256 of every other file.
+        files: name -> SHA-256 of plan and weights.
         versions: of medseg and the libraries that trained it.
         licence, intended_use: said on the card too.
     """
 
     name: str
     configuration: ConfigurationName
+    plan: str
     folds: dict[int, FoldRecord]
     files: dict[str, str]
     versions: dict[str, str]
@@ -84,7 +91,13 @@ class ModelPackage:
         return self.plan.configuration(self.manifest.configuration)
 
     def only(self, fold: int) -> ModelPackage:
-        """The package with the weights of one fold alone, for predicting cases that this fold did not train on."""
+        """The package with the weights of one fold alone, for predicting cases that this fold did not train on.
+
+        Raises:
+            PackageError: there are no weights of that fold.
+        """
+        if fold not in self.weights:
+            raise PackageError(self.manifest.name, f"has no fold {fold}", " or ".join(map(str, sorted(self.weights))))
         return replace(self, weights={fold: self.weights[fold]}, digest=digest_of([self.digest, fold]))
 
     def networks(self) -> list[nn.Module]:
@@ -113,77 +126,119 @@ def save_package(
     weights: Mapping[int, bytes],
     versions: Mapping[str, str],
 ) -> Manifest:
-    """Write a package; ``weights`` are safetensors files as bytes. The manifest comes last, so a crash leaves no half.
+    """Write a package; ``weights`` are safetensors files as bytes, one fold at least.
 
-    Weight files are named by their content: those of an earlier package stay valid until the new manifest is there.
+    The manifest comes last: until then a package that was in the folder before stays valid, and a crash leaves it so.
     """
-    contents: dict[str, bytes] = {PLAN: _plan_bytes(plan)}
-    named = {}
-    for fold, content in weights.items():
-        file = f"weights/fold_{fold}-{hashlib.sha256(content).hexdigest()[:12]}.safetensors"
-        contents[file] = content
-        named[fold] = folds[fold].model_copy(update={"weights": file})
-    contents[CARD] = _card(name, plan, configuration, named).encode()
+    contents: dict[str, bytes] = {}
+
+    def add(stem: str, suffix: str, content: bytes) -> str:
+        name = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}{suffix}"
+        contents[name] = content
+        return name
+
+    manifest = Manifest(
+        name=name,
+        configuration=configuration,
+        plan=add("plan", ".json", _plan_bytes(plan)),
+        folds={
+            fold: folds[fold].model_copy(update={"weights": add(f"fold_{fold}", ".safetensors", content)})
+            for fold, content in weights.items()
+        },
+        files={file: hashlib.sha256(content).hexdigest() for file, content in contents.items()},
+        versions=dict(versions),
+    )
     for file, content in contents.items():
         write_bytes(folder / file, content)
-    files = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
-    manifest = Manifest(name=name, configuration=configuration, folds=dict(named), files=files, versions=dict(versions))
     manifest.save(folder / MANIFEST)
-    for path in (folder / "weights").iterdir():
-        if f"weights/{path.name}" not in files:
+    write_text(folder / CARD, _card(manifest, plan))
+    for path in (*folder.glob("plan-*.json"), *folder.glob("fold_*.safetensors")):
+        if path.name not in contents:
             path.unlink()
     return manifest
 
 
 def load_package(path: Path) -> ModelPackage:
-    """Load a package from a folder or a zip, verifying every file's digest.
+    """Load a package from a folder or a zip, verifying the digest of every file that is read.
 
     Raises:
-        PackageError: there is no package, a file is missing or altered, the schema version is another, or weights hold
-            values that are not finite.
+        PackageError: there is no package, a file is missing, altered or not listed, the schema version is another, or
+            weights hold values that are not finite.
     """
-    files = _read_all(path)
-    if MANIFEST not in files:
-        raise PackageError(
-            path, f"has no {MANIFEST}", "a model package", "give the folder that `medseg run` calls package"
-        )
-    manifest = _record(Manifest, files[MANIFEST], f"{path}/{MANIFEST}")
-    for name, digest in manifest.files.items():
-        if name not in files:
-            raise PackageError(path, f"{name} is missing", "a complete package", "copy the package again")
-        if hashlib.sha256(files[name]).hexdigest() != digest:
-            raise PackageError(path, f"{name} was altered or damaged", "the digest in package.json", "copy it again")
-    plan = _record(Plan, files[PLAN], f"{path}/{PLAN}")
-    weights = {fold: _tensors(files[record.weights], record.weights) for fold, record in manifest.folds.items()}
-    if not weights:
-        raise PackageError(path, "holds no weights", "one fold at least")
-    return ModelPackage(manifest, plan, weights, hashlib.sha256(files[MANIFEST]).hexdigest())
+    manifest, plan, contents = _read(path)
+    digest = hashlib.sha256(contents[MANIFEST]).hexdigest()
+    weights = {fold: _tensors(contents[record.weights], record.weights) for fold, record in manifest.folds.items()}
+    return ModelPackage(manifest, plan, weights, digest)
 
 
 def zip_package(folder: Path, target: Path) -> None:
-    """Put a package folder into one zip file (stored, not compressed: weights do not shrink)."""
-    load_package(folder)
+    """Put a package folder into one zip file (stored, not compressed: weights do not shrink).
+
+    Raises:
+        PackageError: the folder holds no sound package.
+    """
+    manifest, plan, contents = _read(folder)
+    contents[CARD] = _card(manifest, plan).encode()
     with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in sorted(_read_all(folder).items()):
+        for name, content in sorted(contents.items()):
             archive.writestr(zipfile.ZipInfo(name), content)
 
 
-def _read_all(path: Path) -> dict[str, bytes]:
-    """Every file of a package by its name inside; a zip's members are read in memory, never unpacked to disk."""
+def _read(path: Path) -> tuple[Manifest, Plan, dict[str, bytes]]:
+    """Manifest, plan and every file that they need by its name: each listed, and as its digest says."""
     try:
         if path.is_dir():
-            found = [p for p in path.rglob("*") if p.is_file()]
-            return {p.relative_to(path).as_posix(): p.read_bytes() for p in found}
+            return _checked(path, lambda name: (path / name).read_bytes())
         with zipfile.ZipFile(path) as archive:
-            return {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
-    except (OSError, zipfile.BadZipFile) as failure:
+            return _checked(path, lambda name: _member(archive, name))
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as failure:  # RuntimeError: encrypted
         raise PackageError(path, f"cannot be read: {failure}", "a package folder or zip") from None
 
 
-def _record(kind: type[R], content: bytes, where: str) -> R:
-    body: Any
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    info = archive.getinfo(name)
+    if info.file_size > MOST_COMPRESSED * max(info.compress_size, 1):
+        raise PackageError(archive.filename, f"{name} unpacks to {info.file_size:,} bytes", "weights and JSON")
+    return archive.read(name)
+
+
+def _checked(path: Path, read: Callable[[str], bytes]) -> tuple[Manifest, Plan, dict[str, bytes]]:
     try:
-        body = json.loads(content)
+        contents = {MANIFEST: read(MANIFEST)}
+    except (FileNotFoundError, KeyError):
+        remedy = "give the folder that `medseg run` calls package"
+        raise PackageError(path, f"has no {MANIFEST}", "a model package", remedy) from None
+    manifest = _record(Manifest, contents[MANIFEST], f"{path}/{MANIFEST}")
+    if not manifest.folds:
+        raise PackageError(path, "holds no weights", "one fold at least")
+    for name in (manifest.plan, *(record.weights for record in manifest.folds.values())):
+        contents[name] = _verified(path, name, manifest.files.get(name), read)
+    plan = _record(Plan, contents[manifest.plan], f"{path}/{manifest.plan}")
+    try:
+        plan.configuration(manifest.configuration)
+    except PlanError as failure:
+        raise PackageError(path, failure.found, failure.expected) from None
+    return manifest, plan, contents
+
+
+def _verified(path: Path, name: str, digest: str | None, read: Callable[[str], bytes]) -> bytes:
+    """The bytes of a listed file of the package."""
+    if digest is None:
+        raise PackageError(path, f"{name} has no digest", f"one in {MANIFEST}")
+    if PurePosixPath(name).name != name or "\\" in name or name in ("", ".."):
+        raise PackageError(path, f"names the file {name!r}", "a file in the package itself")
+    try:
+        content = read(name)
+    except (FileNotFoundError, KeyError):
+        raise PackageError(path, f"{name} is missing", "a complete package", "copy the package again") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise PackageError(path, f"{name} was altered or damaged", f"the digest in {MANIFEST}", "copy it again")
+    return content
+
+
+def _record(kind: type[R], content: bytes, where: str) -> R:
+    try:
+        body: Any = json.loads(content)
     except ValueError as failure:
         raise PackageError(where, f"is no JSON: {failure}") from None
     version = body.pop("schema_version", None) if isinstance(body, dict) else None
@@ -191,10 +246,7 @@ def _record(kind: type[R], content: bytes, where: str) -> R:
         raise PackageError(
             where, f"has schema version {version}", str(kind.schema_version), "use the medseg that made it"
         )
-    try:
-        return kind.checked(body, where)
-    except InputError as failure:
-        raise PackageError(where, failure.found) from None
+    return kind.checked(body, where, PackageError)
 
 
 def _tensors(content: bytes, name: str) -> dict[str, Tensor]:
@@ -214,24 +266,24 @@ def _plan_bytes(plan: Plan) -> bytes:
     ).encode()
 
 
-def _card(name: str, plan: Plan, configuration: str, folds: Mapping[int, FoldRecord]) -> str:
+def _card(manifest: Manifest, plan: Plan) -> str:
     """The model card: what it is, on what it was trained, how well it did, what it is not for."""
-    setup = plan.configuration(configuration)
+    setup = plan.configuration(manifest.configuration)
     lines = [
-        f"# {name}",
+        f"# {manifest.name}",
         "",
-        "Research software, not a medical device. Not for diagnosis or treatment.",
+        f"{manifest.intended_use} Not for diagnosis or treatment.",
         "",
         f"- Segments: {', '.join(plan.labels.names)}",
         f"- Input channels: {', '.join(plan.channels)}",
-        f"- Configuration: {configuration}, voxels of {setup.spacing_mm} mm, patches of {setup.patch_size}",
+        f"- Configuration: {manifest.configuration}, voxels of {setup.spacing_mm} mm, patches of {setup.patch_size}",
         f"- Network: {setup.network.name} with {setup.network.features} features",
-        "- Licence of the weights: as the training data allow",
+        f"- Licence of the weights: {manifest.licence}",
         "",
         "| Fold | Trained on | Validated on | Iterations | Seconds | Mean Dice |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for number, fold in sorted(folds.items()):
+    for number, fold in sorted(manifest.folds.items()):
         dice = "not measured" if fold.dice is None else f"{fold.dice:.4f}"
         lines.append(
             f"| {number} | {fold.train_cases} cases | {fold.validation_cases} cases | {fold.iterations} | "

@@ -1,0 +1,46 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medseg.engines import choose_device, keep_freed_memory
+from medseg.errors import InputError
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, gpus: int, mps: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "expected"), [(0, False, "cpu"), (2, False, "cuda"), (0, True, "mps"), (1, True, "cuda")]
+)
+def test_auto_takes_the_fastest_there_is(monkeypatch: pytest.MonkeyPatch, gpus: int, mps: bool, expected: str) -> None:
+    pretend(monkeypatch, gpus, mps)
+    assert choose_device("auto") == torch.device(expected)
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 2, False)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(InputError, match=r"'cuda:2' is not there .expected auto or cpu or cuda or cuda:0 or cuda:1."):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps", "gpu", ""])
+def test_a_device_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    pretend(monkeypatch, 0, False)
+    with pytest.raises(InputError, match=r"is not there .expected auto or cpu."):
+        choose_device(name)
+
+
+def test_memory_is_kept_where_that_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_freed_memory()
+    keep_freed_memory()
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    monkeypatch.setattr("ctypes.CDLL", None)  # not asked of any other C library
+    keep_freed_memory()
