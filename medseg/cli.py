@@ -15,68 +15,86 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from medseg.errors import MedsegError
+from medseg.errors import InputError, MedsegError, TrainingError
 
 if TYPE_CHECKING:  # the rest is imported by the command that needs it: `medseg --help` stays fast
     from medseg.evaluate import Evaluation
-    from medseg.pipeline import Recipe, RunResult
+    from medseg.pipeline import RunResult
     from medseg.plan import Plan
+    from medseg.recipe import Recipe
     from medseg.train import TrainSettings
 
 NOTICE = "Research software, not a medical device."
-_EXAMPLES = f"""Medical image segmentation with U-Nets in 2D and 3D: one command from data to a scored model.
-
-  medseg demo                                              made-up data, the whole journey, two minutes
-  medseg run Task04_Hippocampus --time-budget 10m          train, predict, score a Decathlon folder
-  medseg predict scans/ -m medseg-Task04/package -o masks  segment a folder of NIfTI files
-
-{NOTICE}"""
 _REMEDY_FOR_ALL = "run again with -v for the traceback, and report it with the log"
+
+
+def _examples(*lines: str) -> str:
+    """The end of a help text: command lines that stay as they are."""
+    # a backspace at the start of a paragraph keeps Click from wrapping it
+    return "\b\n" + "\n".join(("Examples:", *(f"  {line}" for line in lines)))
+
 
 app = typer.Typer(
     name="medseg",
-    help=_EXAMPLES.replace("\n  ", "\n\n  "),
+    help=f"Medical image segmentation with U-Nets in 2D and 3D: from data to a scored model.\n\n{NOTICE}",
+    epilog=_examples(
+        "medseg demo                                              # made-up data, two minutes",
+        "medseg run Task04_Hippocampus --time-budget 10m          # train and score",
+        "medseg predict scans -m medseg-Task04_Hippocampus/package -o masks",
+    ),
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: no boxes around wrapped words
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+@functools.lru_cache(maxsize=4)
+def _console_on(stream: TextIO) -> Console:
+    """One console a stream, so that log lines and progress bars know of each other; no wrapping but on a terminal."""
+    width = None if stream.isatty() else 10_000
+    return Console(file=stream, width=width, highlight=False, soft_wrap=True)
+
+
 def _console(*, stderr: bool) -> Console:
-    """A console that does not wrap lines into a narrow default width when it is no terminal."""
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 200, highlight=False, soft_wrap=True)
+    return _console_on(sys.stderr if stderr else sys.stdout)
 
 
 # Options that several commands share
 
 DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder with a dataset.json.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.", show_default="medseg-DATASET"),
+]
 Configuration = Annotated[
     Literal["2d", "3d_fullres", "3d_lowres"], typer.Option("--configuration", "-c", help="Of the plan.")
 ]
-Folds = Annotated[str, typer.Option(help="Folds to train, as 0,1, or all.")]
-TimeBudget = Annotated[str, typer.Option(help="Length of training a fold, as 90s, 10m or 1h30m.")]
-Epochs = Annotated[int, typer.Option(help="Length of training in passes over the cases.", min=0)]
-Iterations = Annotated[int, typer.Option(help="Length of training in steps.", min=0)]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Folds = Annotated[str, typer.Option(metavar="N,N|all", help="Folds to train.")]
+TimeBudget = Annotated[str, typer.Option(metavar="TIME", help="Length of training a fold, as 90s, 10m or 1h30m.")]
+Epochs = Annotated[int | None, typer.Option(metavar="N", help="Length of training in passes over the cases.", min=1)]
+Iterations = Annotated[int | None, typer.Option(metavar="N", help="Length of training in steps.", min=1)]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[Literal["auto", "32", "bf16", "16"], typer.Option(help="Of the arithmetic.")]
-Seed = Annotated[int, typer.Option(help="Of weights, batches and augmentation.", min=0)]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of weights, batches and augmentation.", min=0)]
 Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only deterministic kernels, also on a GPU.")]
-Patience = Annotated[int, typer.Option(help="Stop after so many validations without gain; 0 never.", min=0)]
-MemoryBudget = Annotated[str, typer.Option(help="What a training step may take, as 6GB or 900MB.")]
+Patience = Annotated[
+    int, typer.Option(metavar="N", help="Stop after so many validations without gain; 0 never.", min=0)
+]
+MemoryBudget = Annotated[str, typer.Option(metavar="SIZE", help="What a training step may take, as 6GB or 900MB.")]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="plan.FIELD=VALUE", help="Change a plan field; may be repeated.")
 ]
 SkipBadCases = Annotated[bool, typer.Option("--skip-bad-cases", help="Go on without unusable cases.")]
-Tolerance = Annotated[float, typer.Option(help="Surface distance, mm, that NSD lets pass.", min=0.0)]
+Tolerance = Annotated[float, typer.Option(metavar="MM", help="Surface distance, mm, that NSD lets pass.", min=0.0)]
 Mirror = Annotated[bool, typer.Option("--mirror", help="Average over mirrored images: slower, a little better.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and results.")]
@@ -97,10 +115,14 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         signal.signal(signal.SIGTERM, _interrupt)
         try:
             function(**arguments)
+        except typer.Exit:
+            raise
         except MedsegError as failure:
-            _fail(errors, f"error: {failure}", 2, verbose)
+            _fail(errors, f"error: {failure}", 1 if isinstance(failure, TrainingError) else 2, verbose)
         except KeyboardInterrupt:
             _fail(errors, "interrupted: what is finished is kept; the same command goes on from there", 130, False)
+        except BrokenPipeError:
+            raise  # whoever read the output has enough: Click ends quietly
         except OSError as failure:
             _fail(errors, f"error: {failure}", 1, verbose)
         except Exception as failure:  # noqa: BLE001 - the door: every bug becomes a message and exit code 1
@@ -129,6 +151,10 @@ class _ConsoleHandler(logging.Handler):
         super().__init__()
         self.console = console
 
+    def filter(self, record: logging.LogRecord) -> bool:
+        """All but the error that ends a run, logged under the name of the package itself: ``_fail`` shows it."""
+        return record.name != "medseg"
+
     def emit(self, record: logging.LogRecord) -> None:
         self.console.print(escape(f"{record.levelname.lower()}: {record.getMessage()}"), style="yellow")
 
@@ -140,18 +166,21 @@ class _Show:
         self.console = _console(stderr=True)
         self.quiet = quiet
         self.every_s = every_s
-        self.started: dict[str, float] = {}
-        self.shown: dict[str, float] = {}
+        self.work = ""
+        self.fraction = 0.0
+        self.start = self.shown = self.last = time.monotonic()
         self.bars: Any = None
-        self.tasks: dict[str, Any] = {}
+        self.bar: Any = None
 
     def __enter__(self) -> _Show:
         if self.console.is_terminal and not self.quiet:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
 
-            columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f}%", TimeElapsedColumn())
-            note = TextColumn("{task.fields[note]}")
-            self.bars = Progress(*columns, TimeRemainingColumn(), note, console=self.console)
+            bar = BarColumn(None, table_column=Column(max_width=20))  # the column that gives way in a narrow window
+            left = TimeRemainingColumn(compact=True, elapsed_when_finished=True)
+            percent, note = "{task.percentage:>3.0f}%", TextColumn("{task.fields[note]}")
+            self.bars = Progress("{task.description}", bar, percent, left, note, console=self.console)
             self.bars.start()
         return self
 
@@ -161,39 +190,49 @@ class _Show:
 
     def __call__(self, work: str, fraction: float, note: str) -> None:
         """Show how far a piece of work is; see ``medseg.progress``."""
-        if self.bars is not None:
-            if work not in self.tasks or self.bars.tasks[self.tasks[work]].finished:
-                self.tasks[work] = self.bars.add_task(work, total=1.0, note="")
-            self.bars.update(self.tasks[work], completed=fraction, note=escape(note))
-        elif not self.quiet:
-            self._line(work, fraction, note)
-
-    def _line(self, work: str, fraction: float, note: str) -> None:
-        now = time.monotonic()
-        start = self.started.setdefault(work, now)
-        if fraction < 1 and now - self.shown.get(work, start) < self.every_s:
+        if self.quiet:
             return
-        self.shown[work] = now
-        left = (now - start) * (1 - fraction) / fraction if fraction > 0 else 0.0
-        self.console.print(escape(f"{work} {fraction:4.0%} {note} ({_duration(left)} left)".replace("  ", " ")))
-        if fraction >= 1:
-            self.started.pop(work)
-            self.shown.pop(work)
+        now = time.monotonic()
+        new = work != self.work or fraction < self.fraction or self.fraction >= 1
+        if new:  # it began where the one before ended
+            self.start = self.shown = self.last
+        self.work, self.fraction, self.last = work, fraction, now
+        if self.bars is None:
+            self._line(note, now)
+            return
+        if new:
+            self.bar = self.bars.add_task(work, total=1.0, note="")
+            self.bars.tasks[self.bar].start_time = self.start
+        self.bars.update(self.bar, completed=fraction, note=escape(note))
+
+    def _line(self, note: str, now: float) -> None:
+        if self.fraction < 1 and now - self.shown < self.every_s:
+            return
+        self.shown = now
+        took = now - self.start
+        rest = f"{_duration(took * (1 / self.fraction - 1))} left" if 0 < self.fraction < 1 else _duration(took)
+        self.console.print(escape(" ".join(f"{self.work} {self.fraction:.0%} {note} ({rest})".split())))
 
 
 # Commands
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "medseg run Task04_Hippocampus --time-budget 10m                # fold 0, ten minutes",
+        "medseg run Task04_Hippocampus --folds all --memory-budget 6GB",
+        "medseg run Task09_Spleen -c 3d_lowres --set plan.batch_size=4 -o spleen",
+    )
+)
 @_command
 def run(
     dataset: DatasetArgument,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder [default: medseg-<dataset>].")] = None,
+    out: Out = None,
     configuration: Configuration = "3d_fullres",
     folds: Folds = "0",
     time_budget: TimeBudget = "",
-    epochs: Epochs = 0,
-    iterations: Iterations = 0,
+    epochs: Epochs = None,
+    iterations: Iterations = None,
     patience: Patience = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -207,12 +246,21 @@ def run(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """From a dataset to a trained model, masks of held-out cases and their scores.
+    """From a dataset to a trained model, masks and scores.
 
     Checks the data, plans, prepares, trains, packages, predicts the cases that each fold did not train on, and scores
     them. Run it again to go on after an interruption: what is done and still valid is skipped.
     """
-    training = _train_settings(device, precision, seed, deterministic, iterations, epochs, time_budget, patience)
+    training = _train_settings(
+        time_budget=time_budget,
+        epochs=epochs,
+        iterations=iterations,
+        patience=patience,
+        device=device,
+        precision=precision,
+        seed=seed,
+        deterministic=deterministic,
+    )
     _run(
         dataset,
         out,
@@ -234,11 +282,11 @@ def run_recipe(recipe: Recipe) -> None:
     @_command
     def command(
         dataset: DatasetArgument,
-        out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")] = None,
+        out: Out = None,
         folds: Folds = "0",
         time_budget: TimeBudget = "",
-        epochs: Epochs = 0,
-        iterations: Iterations = 0,
+        epochs: Epochs = None,
+        iterations: Iterations = None,
         device: Device = "auto",
         seed: Seed = 0,
         memory_budget: MemoryBudget = "8GB",
@@ -253,7 +301,9 @@ def run_recipe(recipe: Recipe) -> None:
             quiet,
             configuration=recipe.configuration,
             folds=_folds(folds),
-            train=_train_settings(device, "auto", seed, False, iterations, epochs, time_budget, 0),
+            train=_train_settings(
+                time_budget=time_budget, epochs=epochs, iterations=iterations, device=device, seed=seed
+            ),
             memory_budget_mb=_megabytes(memory_budget),
             tolerance_mm=recipe.tolerance_mm,
             regions=recipe.regions,
@@ -267,7 +317,7 @@ def run_recipe(recipe: Recipe) -> None:
     script()
 
 
-@app.command()
+@app.command(epilog=_examples("medseg check Task04_Hippocampus", "medseg check Task04_Hippocampus --json"))
 @_command
 def check(
     dataset: DatasetArgument,
@@ -275,15 +325,18 @@ def check(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Name every fault of a dataset at once, with the case and a remedy. Exit code 3 when cases are unusable."""
+    """Name every fault of a dataset at once, with a remedy.
+
+    Reads every file. Exit code 3 when cases are unusable; `medseg run --skip-bad-cases` goes on without them.
+    """
+    from medseg.check import check as check_dataset
     from medseg.dataset import Dataset
-    from medseg.dataset import check as check_dataset
 
     with _Show(quiet) as show:
         findings = check_dataset(Dataset.open(dataset), show)
     output = _console(stderr=False)
     if as_json:
-        output.print_json(findings.model_dump_json())
+        print(findings.model_dump_json(indent=2))
     else:
         if findings.findings:
             rows = [
@@ -299,11 +352,16 @@ def check(
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "medseg plan Task04_Hippocampus -o hippocampus",
+        "medseg plan Task04_Hippocampus -o hippocampus --set plan.batch_size=4",
+    )
+)
 @_command
 def plan(
     dataset: DatasetArgument,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder [default: medseg-<dataset>].")] = None,
+    out: Out = None,
     configuration: Configuration = "3d_fullres",
     device: Device = "auto",
     memory_budget: MemoryBudget = "8GB",
@@ -312,35 +370,38 @@ def plan(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a dataset and decide how to train on it; writes fingerprint.json and plan.json, prints the reasons."""
+    """Measure a dataset and decide how to train on it.
+
+    Writes fingerprint.json and plan.json and prints every decision with its reason. The plan may be edited by hand
+    before `medseg train`.
+    """
     from medseg.dataset import Dataset
     from medseg.pipeline import check_station, plan_station, writing_to
 
     target = out or _default_out(dataset)
+    budget = _megabytes(memory_budget)
+    opened = Dataset.open(dataset)
     with writing_to(target), _Show(quiet) as show:
-        data, _ = check_station(Dataset.open(dataset), target, skip_bad_cases, show)
-        made = plan_station(
-            data,
-            target,
-            device,
-            _megabytes(memory_budget),
-            configuration,
-            overrides,
-            show,
-        )
+        data, _ = check_station(opened, target, skip_bad_cases, show)
+        made = plan_station(data, target, device, budget, configuration, overrides, show)
     _print_plan(made, target)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "medseg train Task04_Hippocampus -o hippocampus --time-budget 10m",
+        "medseg train Task04_Hippocampus -o hippocampus --folds 0,1,2 --epochs 50",
+    )
+)
 @_command
 def train(
     dataset: DatasetArgument,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder that `medseg plan` wrote to.")] = None,
+    out: Out = None,
     configuration: Configuration = "3d_fullres",
     folds: Folds = "0",
     time_budget: TimeBudget = "",
-    epochs: Epochs = 0,
-    iterations: Iterations = 0,
+    epochs: Epochs = None,
+    iterations: Iterations = None,
     patience: Patience = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -350,40 +411,72 @@ def train(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train folds by the plan.json in the output folder (edited by hand, if you like); writes a model package."""
+    """Train by a plan, and pack the model.
+
+    Takes the plan.json that `medseg plan` wrote to the output folder, and writes the package there. The same command
+    goes on after an interruption.
+    """
     from medseg.dataset import Dataset
     from medseg.pipeline import check_station, chosen_folds, train_station, writing_to
     from medseg.plan import Plan
 
     target = out or _default_out(dataset)
-    settings = _train_settings(device, precision, seed, deterministic, iterations, epochs, time_budget, patience)
+    settings = _train_settings(
+        time_budget=time_budget,
+        epochs=epochs,
+        iterations=iterations,
+        patience=patience,
+        device=device,
+        precision=precision,
+        seed=seed,
+        deterministic=deterministic,
+    )
+    if not (target / "plan.json").exists():
+        raise InputError(target, "holds no plan.json", "the output folder of `medseg plan`", "run that first")
+    made, opened = Plan.load(target / "plan.json"), Dataset.open(dataset)
     with writing_to(target), _Show(quiet) as show:
-        made = Plan.load(target / "plan.json")
-        data, _ = check_station(Dataset.open(dataset), target, skip_bad_cases, show)
+        data, _ = check_station(opened, target, skip_bad_cases, show)
         chosen = chosen_folds(data, _folds(folds), target)
         train_station(data, made, configuration, chosen, target, settings, show)
     _console(stderr=False).print(f"model package: {target / 'package'}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "medseg predict scan.nii.gz -m hippocampus/package -o masks",
+        "medseg predict scans -m hippocampus/package -o masks --mirror",
+        "medseg predict Task04_Hippocampus/dataset.json -m hippocampus/package -o masks",
+    )
+)
 @_command
 def predict(
     images: Annotated[Path, typer.Argument(metavar="INPUT", help="Image, folder of images, or dataset.json.")],
-    model: Annotated[Path, typer.Option("--model", "-m", help="Model package, folder or zip.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the masks.")],
+    model: Annotated[Path, typer.Option("--model", "-m", metavar="PACKAGE", help="Model package, folder or zip.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the masks.")],
     mirror: Mirror = False,
-    overlap: Annotated[float, typer.Option(help="Fraction that neighbouring tiles share.", min=0.0, max=0.9)] = 0.5,
+    overlap: Annotated[
+        float, typer.Option(metavar="FRACTION", help="What neighbouring tiles share.", min=0.0, max=0.9)
+    ] = 0.5,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks of other origin.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that are not from here.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Segment images with a model package: one mask a case on the image's own grid. Exit code 3 when cases failed."""
+    """Segment images with a model package.
+
+    Each mask CASE.nii.gz lies on its image's own grid. Several channels are one 4-D file, or files CASE_0000,
+    CASE_0001. Masks that are there, made from the same image and model, are kept. Exit code 3 when cases failed; the
+    reasons are in cases.csv.
+    """
+    from medseg.io import suffix_of
+    from medseg.pipeline import writing_to
     from medseg.predict import find_cases, load, predict_cases
 
+    if out.is_file() or suffix_of(out):
+        raise InputError(out, "names a file", "a folder: the masks are named after the images", "leave the name out")
+    cases = find_cases(images)
     predictor = load(model, device=device, mirror=mirror, overlap=overlap)
-    cases = find_cases(images, len(predictor.package.plan.channels))
-    with _Show(quiet) as show:
+    with writing_to(out), _Show(quiet) as show:
         results = predict_cases(predictor, cases, out, overwrite=overwrite, progress=show)
     output = _console(stderr=False)
     failed = [result for result in results if result.status == "failed"]
@@ -395,17 +488,28 @@ def predict(
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "medseg evaluate masks Task04_Hippocampus -o scores             # with the names of its labels",
+        "medseg evaluate masks references -o scores --tolerance-mm 2",
+    )
+)
 @_command
 def evaluate(
     predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Folder of masks, or one mask.")],
     references: Annotated[Path, typer.Argument(metavar="REFERENCES", help="Folder of masks, one mask, or a dataset.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for scores.csv and evaluation.json.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for scores.csv and evaluation.json.")
+    ],
     tolerance_mm: Tolerance = 1.0,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score masks against references: Dice, NSD, HD95, volumes. Needs no model. Exit code 3 when cases failed."""
+    """Score masks of any tool against references.
+
+    Dice, NSD, HD95 and volumes of each case and class; needs no model. A reference without a mask, or with one on
+    another grid, counts as 0. Exit code 3 when there are such cases.
+    """
     from medseg.evaluate import evaluate_folders
 
     with _Show(quiet) as show:
@@ -418,15 +522,18 @@ def evaluate(
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command(epilog=_examples("medseg download Task04 -o data"))
 @_command
 def download(
     task: Annotated[str, typer.Argument(metavar="TASK", help="A Decathlon task: Task04, Task04_Hippocampus.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to put it in.")] = Path("data"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to put it in.")] = Path("data"),
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Download a task of the Medical Segmentation Decathlon, checked by its checksum; goes on where it stopped."""
+    """Download a task of the Medical Segmentation Decathlon.
+
+    Verified by its checksum; the same command goes on after an interruption. Prints the dataset folder.
+    """
     from medseg.download import download_task
 
     with _Show(quiet) as show:
@@ -434,10 +541,10 @@ def download(
     _console(stderr=False).print(str(folder))
 
 
-@app.command()
+@app.command(epilog=_examples("medseg doctor"))
 @_command
 def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
-    """Say what is installed, which device would be used, and how to install what is missing."""
+    """Say what is installed, which device is used, what is missing."""
     import importlib.util
 
     from medseg.engines import choose_device
@@ -456,20 +563,23 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
         )
 
 
-@app.command()
+@app.command(epilog=_examples("medseg demo", "medseg demo -o trial --time-budget 30s"))
 @_command
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder.")] = Path("medseg-demo"),
-    seconds: Annotated[float, typer.Option(help="Length of training.", min=1.0)] = 60.0,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.")] = Path("medseg-demo"),
+    time_budget: TimeBudget = "60s",
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole journey on made-up data: a phantom dataset is written, trained on, predicted and scored."""
-    from medseg.phantom import make_dataset
-    from medseg.train import TrainSettings
+    """The whole journey on made-up data, in two minutes.
 
+    A phantom dataset is written, checked, trained on, predicted and scored; nothing is downloaded.
+    """
+    from medseg.phantom import make_dataset
+
+    settings = _train_settings(time_budget=time_budget)
     dataset = make_dataset(out / "dataset")
-    _run(dataset, out / "run", quiet, train=TrainSettings(time_budget_s=seconds))
+    _run(dataset, out / "run", quiet, train=settings)
 
 
 @app.callback(invoke_without_command=True)
@@ -479,7 +589,7 @@ def _root(
     if version:
         from medseg import __version__
 
-        _console(stderr=False).print(__version__)
+        _console(stderr=False).print(f"medseg {__version__}")
         raise typer.Exit
 
 
@@ -517,8 +627,12 @@ def _print_scores(evaluation: Evaluation) -> None:
     header, *rows = score_table(evaluation)
     output = _console(stderr=False)
     _table(output, header, rows)
-    for case, reason in {**evaluation.failed, **evaluation.unscored}.items():
-        output.print(escape(f"failed: {case}: {reason}"))
+    for case, reason in evaluation.failed.items():
+        output.print(escape(f"failed, counted as 0: {case}: {reason}"))
+    for case, reason in evaluation.unscored.items():
+        output.print(escape(f"not scored, in no number: {case}: {reason}"))
+    if evaluation.extra:
+        output.print(escape(f"masks without a reference: {', '.join(evaluation.extra)}"))
 
 
 def _print_plan(made: Plan, target: Path) -> None:
@@ -533,7 +647,9 @@ def _print_plan(made: Plan, target: Path) -> None:
 
 
 def _table(output: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*header)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     output.print(table, soft_wrap=False)
@@ -545,53 +661,43 @@ def _default_out(dataset: Path) -> Path:
 
 
 def _train_settings(
-    device: str,
-    precision: str,
-    seed: int,
-    deterministic: bool,
-    iterations: int,
-    epochs: int,
-    time_budget: str,
-    patience: int,
+    *, time_budget: str = "", epochs: int | None = None, iterations: int | None = None, **choices: Any
 ) -> TrainSettings:
     from medseg.train import TrainSettings
 
-    body = {
-        "device": device,
-        "precision": precision,
-        "seed": seed,
-        "deterministic": deterministic,
-        "iterations": iterations or None,
-        "epochs": epochs or None,
-        "time_budget_s": _seconds(time_budget) if time_budget else None,
-        "patience": patience,
-    }
-    return TrainSettings.checked(body, "command line")
+    budgets = {"--time-budget": time_budget, "--epochs": epochs, "--iterations": iterations}
+    given = [name for name, value in budgets.items() if value]
+    if len(given) > 1:
+        raise InputError(" and ".join(given), "both say how long to train", "one of them")
+    seconds = _seconds(time_budget) if time_budget else None
+    return TrainSettings(time_budget_s=seconds, epochs=epochs, iterations=iterations, **choices)
 
 
 def _folds(text: str) -> tuple[int, ...] | None:
     if text == "all":
         return None
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of folds, as 0,1 or all") from None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise InputError("--folds", f"{text!r} is no list of folds", "numbers, as 0 or 0,1, or all")
+    return tuple(sorted({int(part) for part in text.split(",")}))
 
 
 def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
-    seconds = (
-        sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
-    )
-    if seconds <= 0:
-        raise typer.BadParameter(f"{text!r} is no length of time, as 90s, 10m or 1h30m")
-    return seconds
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
+    try:
+        hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    except ValueError:  # as 1.2.3s
+        hours = minutes = seconds = 0.0
+    if not (total := 3600 * hours + 60 * minutes + seconds) > 0:
+        raise InputError("--time-budget", f"{text!r} is no length of time", "numbers with units, as 90s, 10m or 1h30m")
+    return total
 
 
 def _megabytes(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|G|MB|M)", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise typer.BadParameter(f"{text!r} is no amount of memory, as 6GB or 900MB")
+        raise InputError(
+            "--memory-budget", f"{text!r} is no amount of memory", "a number with its unit, as 6GB or 900MB"
+        )
     return float(match[1]) * (1024 if match[2].upper().startswith("G") else 1)
 
 

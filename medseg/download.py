@@ -136,7 +136,7 @@ def _continue(url: str, part: Path, progress: Progress) -> bool:
             while block := response.read(_BLOCK):
                 file.write(block)
                 here += len(block)
-                progress("download", here / total if total else 0.0, f"{here / 1e6:,.0f} MB")
+                progress("downloading", here / total if total else 0.0, f"{here / 1e6:,.0f} MB")
     return here >= total
 
 
@@ -180,4 +180,4 @@ def _members(file: tarfile.TarFile, tar: Path, progress: Progress) -> Iterator[t
             raise InputError(tar, f"{member.name!r} is a link or a device", "files and folders", "do not use it")
         if not path.name.startswith("._"):
             yield member
-            progress("unpack", (member.offset_data + member.size) / size, path.name)
+            progress("unpacking", (member.offset_data + member.size) / size, path.name)

@@ -225,7 +225,7 @@ def _in_threads(pairs: Sequence[Pair], labels: Labels, tolerance_mm: float, prog
         try:
             for result in pool.map(partial(_score_case, labels=labels, tolerance_mm=tolerance_mm), pairs):
                 results.append(result)
-                progress("evaluate", len(results) / len(pairs), pairs[len(results) - 1][0])
+                progress("scoring", len(results) / len(pairs), pairs[len(results) - 1][0])
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupted run does not score the rest first
     return results

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io as text_io
 import json
 import logging
+import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+import medseg
 from medseg import io
 from medseg.dataset import Case, Dataset
 from medseg.engines import choose_device
@@ -25,7 +28,7 @@ from medseg.io import itk, nifti
 from medseg.package import ModelPackage, load_package
 from medseg.preprocess import prepare, restore
 from medseg.progress import Progress, silent
-from medseg.records import Record, digest_file, digest_of, write_json, write_text
+from medseg.records import Record, digest_file, digest_of, write_bytes, write_json
 from medseg.sliding_window import slabs
 from medseg.volume import Mask, Volume
 
@@ -33,6 +36,7 @@ log = logging.getLogger(__name__)
 
 JOURNAL, TABLE, RUN = "journal.jsonl", "cases.csv", "run.json"
 _CHANNEL_FILE = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
+_TWO_FILES = (".hdr", ".hdr.gz", ".img", ".img.gz", ".mhd")
 
 
 class PredictSettings(Record):
@@ -54,7 +58,8 @@ class Prediction(Record):
 
     Attributes:
         case: id.
-        status: ``done``; ``kept`` from an earlier run with the same input, model and settings; or ``failed``.
+        status: ``done``; ``kept`` from an earlier run with the same input, model and settings; ``failed``; and in the
+            journal ``started``, after which a file under the mask's name is known to be from here.
         output: file name of the mask, empty for a failed case.
         reason: why it failed.
         seconds: spent on it.
@@ -64,7 +69,7 @@ class Prediction(Record):
     """
 
     case: str
-    status: Literal["done", "kept", "failed"]
+    status: Literal["started", "done", "kept", "failed"]
     output: str = ""
     reason: str = ""
     seconds: float = 0.0
@@ -125,33 +130,32 @@ def load(package: Path | str, **settings: Any) -> Predictor:
     return Predictor(load_package(Path(package)), PredictSettings.checked(settings, "medseg.load"))
 
 
-def find_cases(path: Path, channels: int) -> list[Case]:
+def find_cases(path: Path) -> list[Case]:
     """The images to segment at a path.
 
     Args:
         path: an image file; a folder of images (one file a case, or files ``CASE_0000``, ``CASE_0001``, ... one a
-            channel); or a dataset.json, or the folder that holds one, of which the test cases are taken.
-        channels: of the model.
+            channel; hidden files are passed over); or a dataset.json, or the folder that holds one, of which the test
+            cases are taken.
 
     Raises:
-        InputError: nothing is found; with what was looked for.
+        InputError: nothing is found, with what was looked for; or two files are images of one case.
+        DatasetError: the dataset.json cannot be used.
     """
     listing = path / "dataset.json" if path.is_dir() else path
     if listing.name.endswith(".json") and listing.is_file():
-        cases = list(Dataset.open(listing).test)
-        if not cases:
-            raise InputError(path, "lists no test cases", "a dataset.json with a test list", "give a folder of images")
-        return cases
-    if path.is_file():
-        return [Case(io.name_of(path), (path,), None)]
-    if not path.is_dir():
+        return _listed_cases(listing)
+    if not path.exists():
         raise InputError(path, "does not exist", "an image, a folder of images, or a dataset.json")
-    files = sorted(p for p in path.iterdir() if io.suffix_of(p) and not p.name.startswith("."))
-    cases = _group_channels(files, channels)
-    if not cases:
-        found = sum(1 for _ in path.iterdir())
-        raise InputError(path, f"holds no image among its {found} entries", f"files ending in {' '.join(io.SUFFIXES)}")
-    return cases
+    if path.is_file() and io.suffix_of(path) is None:
+        raise InputError(path, "has no known image ending", " ".join(io.SUFFIXES))
+    files = [path] if path.is_file() else _images_in(path)
+    if not files:
+        inner = next((folder for folder in sorted(path.iterdir()) if folder.is_dir() and _images_in(folder)), None)
+        found = f"holds no image among its {sum(1 for _ in path.iterdir())} entries"
+        remedy = f"did you mean {inner}?" if inner else ""
+        raise InputError(path, found, f"files ending in {' '.join(io.SUFFIXES)}", remedy)
+    return _group_channels(files)
 
 
 def predict_cases(
@@ -165,19 +169,18 @@ def predict_cases(
     """Segment cases into a folder: one ``CASE.nii.gz`` each, ``cases.csv`` and ``run.json``.
 
     A case that fails is recorded with its reason, and the others are done. A case whose mask is there and was made from
-    the same input, model and settings (by digest) is kept. A mask that was not written here is not replaced, unless
-    ``overwrite`` says so.
+    the same input, model and settings (by digest) is kept. A mask that was not written here, or was changed since, is
+    not replaced, unless ``overwrite`` says so.
     """
     out.mkdir(parents=True, exist_ok=True)
     known = _read_journal(out / JOURNAL)
+    settings = predictor.settings.model_dump(mode="json", exclude={"device"})
+    model = digest_of([medseg.__version__, predictor.package.digest, settings])
     results = []
-    settings_key = digest_of([predictor.package.digest, predictor.settings.model_dump(mode="json", exclude={"device"})])
     for number, case in enumerate(cases, start=1):
-        result = _predict_case(predictor, case, out, known.get(case.id), settings_key, overwrite)
+        result = _predict_case(predictor, case, out, known.get(case.id), model, overwrite)
         results.append(result)
-        if result.status == "done":
-            _append(out / JOURNAL, result)
-        elif result.status == "failed":
+        if result.status == "failed":
             log.error("%s failed: %s", case.id, result.reason)
         progress("predicting", number / len(cases), f"{case.id} {result.status}")
     _write_run(out, results, predictor)
@@ -185,23 +188,23 @@ def predict_cases(
 
 
 def _predict_case(
-    predictor: Predictor, case: Case, out: Path, earlier: Prediction | None, settings_key: str, overwrite: bool
+    predictor: Predictor, case: Case, out: Path, earlier: Prediction | None, model: str, overwrite: bool
 ) -> Prediction:
+    """Segment one case, or say why not; ``model`` is the digest of all that masks depend on besides the image."""
     start = time.monotonic()
     target = out / f"{case.id}.nii.gz"
+    key = ""
     try:
-        key = digest_of([settings_key, *(digest_file(path) for path in case.images)])
-        if target.exists() and any(target.samefile(path) for path in case.images):
-            raise InputError(target, "is the input itself", "another output folder")
+        key = digest_of([model, *_input_digests(case)])
         if earlier is not None and earlier.key == key and _is_intact(target, earlier):
             return earlier.model_copy(update={"status": "kept"})
-        if target.exists() and earlier is None and not overwrite:
-            raise InputError(target, "exists and was not written by this run", "a free name", "use --overwrite")
+        _require_free(target, case, earlier, overwrite)
         mask = predictor(list(case.images))
         for warning in mask.warnings:
             log.warning("%s: %s", case.id, warning)
+        _append(out / JOURNAL, Prediction(case=case.id, status="started", key=key))
         io.write_mask(mask, target)
-        return Prediction(
+        result = Prediction(
             case=case.id,
             status="done",
             output=target.name,
@@ -211,21 +214,45 @@ def _predict_case(
             key=key,
             output_digest=digest_file(target),
         )
+        _append(out / JOURNAL, result)
+        return result
     except MedsegError as failure:
         reason = str(failure)
-    except (OSError, MemoryError, RuntimeError) as failure:  # RuntimeError: what torch raises, out of memory too
+    except Exception as failure:  # whatever is wrong with one case, the others are done
+        log.info("%s", case.id, exc_info=True)
         reason = f"{type(failure).__name__}: {failure}"
+    if earlier is not None and key and earlier.key != key and _is_intact(target, earlier):
+        target.unlink()  # a mask of the former input or model would be taken for this one's
     return Prediction(case=case.id, status="failed", reason=reason, seconds=round(time.monotonic() - start, 3))
 
 
+def _require_free(target: Path, case: Case, earlier: Prediction | None, overwrite: bool) -> None:
+    """Refuse to write where there is a file that is not from here, or no longer as it was written.
+
+    Raises:
+        InputError: see above; or the id cannot name a file.
+    """
+    if Path(case.id).name != case.id:
+        raise InputError(case.id, "cannot name a mask", "an id without slashes")
+    if not target.exists():
+        return
+    if any(target.samefile(path) for path in case.images):
+        raise InputError(target, "is the input itself", "another output folder")
+    if overwrite or (earlier is not None and earlier.status == "started"):
+        return
+    if earlier is None:
+        raise InputError(target, "exists and was not written here", "a free name", "move it away, or use --overwrite")
+    if not _is_intact(target, earlier) and _is_mask(target):
+        raise InputError(target, "was changed since it was written", "a free name", "move it away, or use --overwrite")
+
+
 def _to_volume(image: Any, channels: int) -> Volume:
-    if isinstance(image, str | Path):
+    if isinstance(image, str | os.PathLike):
         return io.read_volume(Path(image), channels)
-    if isinstance(image, list):
+    if isinstance(image, list) and image and all(isinstance(path, str | os.PathLike) for path in image):
         return io.read_volume([Path(path) for path in image], channels)
-    if isinstance(image, tuple):
-        array, affine = image
-        volume = _from_array(np.asarray(array), affine)
+    if isinstance(image, tuple) and len(image) == 2:
+        volume = _from_array(np.asarray(image[0]), image[1])
     elif hasattr(image, "dataobj"):
         volume = nifti.from_nibabel(image)
     elif hasattr(image, "GetDirection"):
@@ -233,7 +260,7 @@ def _to_volume(image: Any, channels: int) -> Volume:
     elif hasattr(image, "affine"):  # MetaTensor
         volume = _from_array(image.detach().cpu().numpy(), image.affine)
     else:
-        kinds = "a path, a nibabel or SimpleITK image, a MetaTensor or (array, affine)"
+        kinds = "a path, a list of paths, a nibabel or SimpleITK image, a MetaTensor, or (array, affine)"
         raise InputError("image", f"is a {type(image).__name__}", kinds)
     if volume.array.shape[0] != channels:
         raise InputError("image", f"has {volume.array.shape[0]} channels", str(channels))
@@ -241,6 +268,8 @@ def _to_volume(image: Any, channels: int) -> Volume:
 
 
 def _from_array(array: Any, affine: Any) -> Volume:
+    if array.dtype.kind not in "biuf":
+        raise InputError("image", f"holds {array.dtype} voxels", "one real number a voxel and channel")
     array = array[np.newaxis] if array.ndim == 3 else array
     if array.ndim != 4:
         raise InputError("image", f"has shape {array.shape}", "(I, J, K) or (C, I, J, K)")
@@ -250,17 +279,57 @@ def _from_array(array: Any, affine: Any) -> Volume:
     return Volume(array, Geometry(array.shape[1:], matrix))
 
 
-def _group_channels(files: Iterable[Path], channels: int) -> list[Case]:
-    """Files as cases: by ``_0000`` endings where all have one, else one file a case (channels last inside)."""
-    files = list(files)
+def _listed_cases(listing: Path) -> list[Case]:
+    dataset = Dataset.open(listing)
+    missing = " ".join(fault.found for fault in dataset.faults if fault.kind == "missing-test")
+    if not dataset.test:
+        found = f"has no test case to segment {missing}".strip()
+        raise InputError(listing, found, "a test list whose images are there", "give a folder of images")
+    if missing:
+        log.warning("%s", missing)
+    return list(dataset.test)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The images of a folder by name; of a pair of header and image the header."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    return [path for path in files if io.suffix_of(path) and not _is_second_half(path)]
+
+
+def _is_second_half(path: Path) -> bool:
+    return io.suffix_of(path) in (".img", ".img.gz") and any(
+        path.with_name(io.name_of(path) + ending).exists() for ending in (".hdr", ".hdr.gz")
+    )
+
+
+def _group_channels(files: Sequence[Path]) -> list[Case]:
+    """Files as cases: one a channel where all names end in a number and some in ``_0000``, else one a case."""
     matches = [_CHANNEL_FILE.match(io.name_of(path)) for path in files]
-    if not files or not all(matches):
-        return [Case(io.name_of(path), (path,), None) for path in files]
+    numbered = all(matches) and any(match["channel"] == "0000" for match in matches if match)
     groups: dict[str, list[Path]] = {}
     for path, match in zip(files, matches, strict=True):
-        if match is not None:
-            groups.setdefault(match["case"], []).append(path)
+        groups.setdefault(match["case"] if match and numbered else io.name_of(path), []).append(path)
+    if not numbered and (double := [paths for paths in groups.values() if len(paths) > 1]):
+        names = ", ".join(" and ".join(path.name for path in paths) for paths in double[:5])
+        raise InputError(files[0].parent, f"holds images of the same name: {names}", "one image a case")
     return [Case(name, tuple(paths), None) for name, paths in groups.items()]
+
+
+def _input_digests(case: Case) -> Iterator[str]:
+    """Digests of all files of a case, of images in two files both."""
+    for path in case.images:
+        if io.suffix_of(path) in _TWO_FILES:
+            yield from (digest_file(part) for part in sorted(path.parent.glob(f"{glob.escape(io.name_of(path))}.*")))
+        else:
+            yield digest_file(path)
+
+
+def _is_mask(path: Path) -> bool:
+    try:
+        io.read_mask(path)
+    except InputError:
+        return False
+    return True
 
 
 def _is_intact(target: Path, earlier: Prediction) -> bool:
@@ -297,10 +366,13 @@ def _write_run(out: Path, results: Sequence[Prediction], predictor: Predictor) -
     table.writerow(["case", "status", "output", "seconds", *(f"{name}_ml" for name in names), "warnings", "reason"])
     for r in results:
         volumes = [r.volumes_ml.get(name, "") for name in names]
-        table.writerow([r.case, r.status, r.output, r.seconds, *volumes, "; ".join(r.warnings), r.reason])
-    write_text(out / TABLE, text.getvalue())
+        reason = " ".join(r.reason.split())
+        table.writerow([r.case, r.status, r.output, r.seconds, *volumes, "; ".join(r.warnings), reason])
+    # a file name may hold bytes that are no text
+    write_bytes(out / TABLE, text.getvalue().encode("utf-8", "backslashreplace"))
     summary = {
         "notice": "Research software, not a medical device.",
+        "medseg": medseg.__version__,
         "model": predictor.package.manifest.name,
         "model_digest": predictor.package.digest,
         "settings": predictor.settings.model_dump(mode="json"),

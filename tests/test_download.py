@@ -108,7 +108,7 @@ def test_download_and_unpack(server: Server, tmp_path: Path) -> None:
     archive = offered(server, GOOD)
     assert download_archive(archive, tmp_path / "data", lambda *step: steps.append(step)) == tmp_path / "data" / NAME
     assert listing(tmp_path / "data") == WHOLE
-    assert {step[0] for step in steps} == {"download", "unpack"}
+    assert {step[0] for step in steps} == {"downloading", "unpacking"}
     assert all(0.0 < step[1] <= 1.0 for step in steps)
 
 

@@ -114,7 +114,7 @@ def test_chosen_cases_and_progress(folders: tuple[Path, Path]) -> None:
     seen: list[tuple[str, float, str]] = []
     found = evaluate_folders(*folders, cases=["b", "a", "b"], progress=lambda *step: seen.append(step))
     assert [case.case for case in found.cases] == ["b", "a"]
-    assert seen == [("evaluate", 0.5, "b"), ("evaluate", 1.0, "a")]
+    assert seen == [("scoring", 0.5, "b"), ("scoring", 1.0, "a")]
     with pytest.raises(InputError, match="no reference for z"):
         evaluate_folders(*folders, cases=["z"])
 
