@@ -1,8 +1,8 @@
 """Plan: every decision derived from the data, each with a sentence of reason.
 
 A plan alone rebuilds preprocessing and network: it is what a model package carries. It is a record, readable and
-editable as JSON. Lengths are in mm; sizes of patches and strides are in *plan order*, the axes after ``orientation`` and
-``axes`` have been applied.
+editable as JSON. Lengths are in mm; sizes of patches and strides are in *plan order*, the axes after ``orientation``
+and ``axes`` have been applied.
 """
 
 from __future__ import annotations
@@ -194,7 +194,9 @@ class Plan(Record):
         if sorted(self.axes) != [0, 1, 2]:
             raise ValueError(f"axes must order 0, 1 and 2; got {self.axes}")
         if len(self.channels) != len(self.normalisation):
-            raise ValueError(f"{len(self.channels)} channels need as many normalisations, not {len(self.normalisation)}")
+            raise ValueError(
+                f"{len(self.channels)} channels need as many normalisations, not {len(self.normalisation)}"
+            )
         return self
 
     def configuration(self, name: str) -> Configuration:
