@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers; at run time __getattr__ brings them
+    from medseg.errors import MedsegError
+    from medseg.pipeline import run
+    from medseg.predict import load
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,494 @@
+"""The command line: what each command prints where, its exit codes, and that stations give what the journey gives."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import medseg
+from medseg import cli
+from medseg.cli import app
+from medseg.errors import InputError, TrainingError
+from medseg.phantom import make_dataset
+from medseg.pipeline import RunResult
+from medseg.plan import Plan
+
+COMMANDS = ("run", "check", "plan", "train", "predict", "evaluate", "download", "doctor", "demo")
+PIPELINES = Path(__file__).parent.parent / "pipelines"
+
+
+def medseg_(*arguments: str | Path) -> Any:
+    """Call the command line in this process; its exit code, stdout and stderr."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def set_options(overrides: tuple[str, ...]) -> list[str]:
+    return [word for setting in overrides for word in ("--set", setting)]
+
+
+def bad_dataset(source: Path, target: Path) -> Path:
+    """A copy of a dataset, in which the first labelled image is cut short."""
+    shutil.copytree(source, target)
+    image = target / "imagesTr" / "phantom_001.nii.gz"
+    image.write_bytes(image.read_bytes()[:-30])
+    return target
+
+
+# Help
+
+
+def test_help_lists_every_command_with_a_whole_sentence() -> None:
+    result = medseg_("--help")
+    assert result.exit_code == 0
+    listed = re.findall(r"^  (\w+) {2,}(\S.*)$", result.stdout.partition("Commands:")[2], re.MULTILINE)
+    assert [name for name, _ in listed] == list(COMMANDS)
+    assert all(sentence.endswith(".") and not sentence.endswith("...") for _, sentence in listed)
+    assert "not a medical device" in result.stdout
+    assert medseg_("-h").stdout == result.stdout
+    assert medseg_().stderr.strip() == result.stdout.strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_says_what_it_does_and_gives_examples(command: str) -> None:
+    result = medseg_(command, "--help")
+    assert result.exit_code == 0
+    assert f"\n    medseg {command}" in result.stdout.partition("Examples:")[2]
+    assert max(len(line) for line in result.stdout.partition("Examples:")[0].splitlines()) <= 80
+    assert all(name in result.stdout for name in ("--verbose", "--quiet", "--help"))
+
+
+def test_version() -> None:
+    assert medseg_("--version").stdout == f"medseg {medseg.__version__}\n"
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("1.5h", 5400), ("1h1m1s", 3661), (" 2m ", 120)]
+)
+def test_lengths_of_time(text: str, seconds: float) -> None:
+    assert cli._seconds(text) == seconds
+
+
+@pytest.mark.parametrize(("text", "megabytes"), [("8GB", 8192), ("6g", 6144), ("900MB", 900), ("0.5 GB", 512)])
+def test_amounts_of_memory(text: str, megabytes: float) -> None:
+    assert cli._megabytes(text) == megabytes
+
+
+def test_lists_of_folds() -> None:
+    assert cli._folds("0") == (0,)
+    assert cli._folds("3,1,1") == (1, 3)
+    assert cli._folds("all") is None
+
+
+@pytest.mark.parametrize("text", ["10", "", "soon", "-5m", "0s", "5m1h", "1.2.3s", "10 m s", "1d"])
+def test_what_is_no_length_of_time_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="90s, 10m or 1h30m"):
+        cli._seconds(text)
+
+
+@pytest.mark.parametrize("text", ["8", "", "lots", "-1GB", "0MB", "8TB"])
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="6GB or 900MB"):
+        cli._megabytes(text)
+
+
+@pytest.mark.parametrize("text", ["", "x", "0,", "-1", "0 1", "All"])
+def test_what_is_no_list_of_folds_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="0 or 0,1, or all"):
+        cli._folds(text)
+
+
+# Wrong usage: exit code 2, one message on stderr that says what to do, nothing on stdout, nothing written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["run"], "Missing argument 'DATASET'"),
+        (["run", "nowhere"], "nowhere: does not exist"),
+        (["run", "DATA", "--time-budget", "soon"], "--time-budget: 'soon' is no length of time"),
+        (["run", "DATA", "--epochs", "1", "--iterations", "2"], "--epochs and --iterations"),
+        (["run", "DATA", "--epochs", "0"], "--epochs"),
+        (["run", "DATA", "--folds", "x"], "--folds: 'x'"),
+        (["run", "DATA", "--memory-budget", "8"], "--memory-budget: '8'"),
+        (["run", "DATA", "--configuration", "4d"], "3d_fullres"),
+        (["run", "DATA", "--colour"], "No such option: --colour"),
+        (["plan", "nowhere"], "nowhere: does not exist"),
+        (["train", "DATA", "-o", "OUT"], "OUT: holds no plan.json"),
+        (["predict", "DATA", "-o", "OUT"], "Missing option '--model'"),
+        (["predict", "DATA", "-m", "nothing", "-o", "OUT"], "nothing: "),
+        (["predict", "nowhere", "-m", "PACKAGE", "-o", "OUT"], "nowhere: does not exist"),
+        (["predict", "EMPTY", "-m", "PACKAGE", "-o", "OUT"], "holds no image among its 0 entries"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "mask.nii.gz"], "mask.nii.gz: names a file"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--overlap", "2"], "--overlap"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--device", "abacus"], "'abacus' is not there"),
+        (["evaluate", "EMPTY", "DATA", "-o", "OUT"], "holds no masks"),
+        (["evaluate", "nowhere", "DATA", "-o", "OUT"], "nowhere: is not there"),
+        (["download", "Task99"], "Task04_Hippocampus, Task05_Prostate"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
+)
+def test_wrong_usage(
+    arguments: list[str], message: str, tiny_run: RunResult, phantom_dataset: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    places = {"DATA": str(phantom_dataset), "PACKAGE": str(tiny_run.package)}
+    result = medseg_(*(places.get(word, word) for word in arguments))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert result.stderr.count("rror:") == 1
+    assert "Traceback" not in result.stderr
+    if arguments[0] != "run":  # whose folder holds the log of what was refused
+        assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"]
+
+
+def test_an_unknown_plan_field_is_answered_with_the_fields_there_are(phantom_dataset: Path, tmp_path: Path) -> None:
+    result = medseg_("plan", phantom_dataset, "-o", tmp_path, "--set", "plan.patchsize=[8,8,8]")
+    assert result.exit_code == 2
+    assert "no field 'patchsize'" in result.stderr
+    assert "patch_size" in result.stderr
+    wrong = medseg_("plan", phantom_dataset, "-o", tmp_path, "--set", "plan.batch_size=many")
+    assert (wrong.exit_code, "batch_size" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (ZeroDivisionError("a bug"), 1, "unexpected ZeroDivisionError: a bug"),
+        (PermissionError(13, "Permission denied", "OUT"), 1, "Permission denied: 'OUT'"),
+        (TrainingError("step 3", "the loss is nan"), 1, "step 3: the loss is nan"),
+        (InputError("file", "is [bold]odd[/bold]"), 2, "file: is [bold]odd[/bold]"),
+        (KeyboardInterrupt(), 130, "interrupted: what is finished is kept"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_goes_wrong_is_a_message_and_an_exit_code(
+    failure: BaseException, code: int, message: str, phantom_dataset: Path, monkeypatch: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr("medseg.check.check", fail)
+    result = medseg_("check", phantom_dataset)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    if code != 130:
+        assert "Traceback" in medseg_("check", phantom_dataset, "-v").stderr
+    assert logging.getLogger("medseg").handlers == []
+
+
+# Stations
+
+
+def test_check_tells_every_fault_and_ends_with_3_when_cases_are_unusable(phantom_dataset: Path, tmp_path: Path) -> None:
+    good = medseg_("check", phantom_dataset)
+    assert (good.exit_code, good.stdout) == (0, "8 cases checked: 0 unusable, 0 findings in all\n")
+    assert "checking 100%" in good.stderr
+    broken = bad_dataset(phantom_dataset, tmp_path / "broken")
+    bad = medseg_("check", broken)
+    assert bad.exit_code == 3
+    assert re.search(r"^phantom_001 .*unusable .*truncated", bad.stdout, re.MULTILINE)
+    assert "1 unusable" in bad.stdout
+
+
+def test_check_as_json_is_json_and_nothing_else(phantom_dataset: Path, tmp_path: Path) -> None:
+    assert json.loads(medseg_("check", phantom_dataset, "--json").stdout)["findings"] == []
+    result = medseg_("check", bad_dataset(phantom_dataset, tmp_path / "broken"), "--json")
+    assert result.exit_code == 3
+    found = json.loads(result.stdout)["findings"]
+    assert [(f["case"], f["unusable"]) for f in found if f["unusable"]] == [("phantom_001", True)]
+
+
+def test_quiet_says_nothing_but_results(phantom_dataset: Path) -> None:
+    result = medseg_("check", phantom_dataset, "--quiet")
+    assert result.stderr == ""
+    assert result.stdout.startswith("8 cases checked")
+
+
+def test_stations_one_by_one_give_the_scores_of_the_journey(
+    phantom_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    stations, journey = tmp_path / "stations", tmp_path / "journey"
+    common = ("--iterations", "3", "--device", "cpu", "--seed", "4")
+
+    made = medseg_("plan", phantom_dataset, "-o", stations, *set_options(tiny_overrides))
+    assert made.exit_code == 0, made.stderr
+    assert re.search(r"^axes +The .* axis comes first", made.stdout, re.MULTILINE)
+    assert f"plan: {stations / 'plan.json'}" in made.stdout
+    body = json.loads((stations / "plan.json").read_text())  # edited by hand
+    body["configurations"]["3d_fullres"]["training"]["learning_rate"] = 0.02
+    (stations / "plan.json").write_text(json.dumps(body))
+
+    trained = medseg_("train", phantom_dataset, "-o", stations, *common)
+    assert trained.exit_code == 0, trained.stderr
+    assert trained.stdout == f"model package: {stations / 'package'}\n"
+    held_out = json.loads((stations / "folds.json").read_text())[0]["validation"]
+    for case in held_out:
+        for part in ("images", "labels"):
+            (tmp_path / part).mkdir(exist_ok=True)
+            shutil.copy(phantom_dataset / f"{part}Tr" / f"{case}.nii.gz", tmp_path / part)
+    masks = medseg_("predict", tmp_path / "images", "-m", stations / "package", "-o", tmp_path / "masks")
+    assert (masks.exit_code, masks.stdout) == (0, f"2 masks in {tmp_path / 'masks'} (0 kept from before), 0 failed\n")
+    again = medseg_("predict", tmp_path / "images", "-m", stations / "package", "-o", tmp_path / "masks")
+    assert "(2 kept from before)" in again.stdout
+    scored = medseg_("evaluate", tmp_path / "masks", tmp_path / "labels", "-o", tmp_path / "scores")
+    assert scored.exit_code == 0, scored.stderr
+
+    overrides = (*tiny_overrides, "plan.learning_rate=0.02")
+    ran = medseg_("run", phantom_dataset, "-o", journey, *common, *set_options(overrides))
+    assert ran.exit_code == 0, ran.stderr
+    assert Plan.load(journey / "plan.json").configurations == Plan.load(stations / "plan.json").configurations
+
+    def scores(path: Path) -> list[list[str]]:
+        with path.open(newline="") as file:
+            return [[cell for name, cell in row.items() if name != "class"] for row in csv.DictReader(file)]
+
+    assert scores(tmp_path / "scores" / "scores.csv") == scores(journey / "evaluation" / "scores.csv")
+    for path in ("package", "predictions", "evaluation/scores.csv", "summary.md", "plan.json", "log.txt"):
+        assert (journey / path).exists()
+        assert str(journey / path) in ran.stdout
+    assert re.search(r"^mean of classes +0\.\d{4}", ran.stdout, re.MULTILINE)
+    assert "\x1b" not in ran.stdout + ran.stderr
+    assert "training" not in ran.stdout.replace("training/", "")
+
+
+def test_bad_cases_stop_a_run_and_are_left_out_on_demand(
+    phantom_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    broken = bad_dataset(phantom_dataset, tmp_path / "broken")
+    arguments = ("run", broken, "-o", tmp_path / "out", "--iterations", "1", *set_options(tiny_overrides))
+    stopped = medseg_(*arguments)
+    assert stopped.exit_code == 2
+    assert "phantom_001" in stopped.stderr
+    assert "--skip-bad-cases" in stopped.stderr
+    result = medseg_(*arguments, "--skip-bad-cases")
+    assert result.exit_code == 0, result.stderr
+    assert "left out as unusable: phantom_001" in result.stdout
+    assert "phantom_001" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_predict_goes_on_after_a_bad_case_and_ends_with_3(
+    tiny_run: RunResult, phantom_dataset: Path, tmp_path: Path
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "masks"
+    shutil.copytree(phantom_dataset / "imagesTs", images)
+    (images / "broken.nii.gz").write_bytes(b"\x1f\x8b")
+    out.mkdir()
+    (out / ".medseg-tmp-0-of-a-killed-run.nii.gz").touch()
+    result = medseg_("predict", images, "-m", tiny_run.package, "-o", out)
+    assert result.exit_code == 3
+    assert re.search(r"^broken +.*gzip", result.stdout, re.MULTILINE)
+    assert result.stdout.endswith(f"2 masks in {out} (0 kept from before), 1 failed\n")
+    assert "error: broken failed" in result.stderr
+    written = {path.name for path in out.iterdir()} - {".lock"}
+    assert written == {"phantom_007.nii.gz", "phantom_008.nii.gz", "cases.csv", "journal.jsonl", "run.json", "log.txt"}
+
+
+def test_evaluate_has_a_word_each_for_failed_and_for_not_scored(tiny_run: RunResult, tmp_path: Path) -> None:
+    (predictions,) = (tiny_run.out / "predictions").iterdir()
+    one, two = sorted(path.name for path in predictions.glob("*.nii.gz"))
+    references = tmp_path / "references"
+    references.mkdir()
+    shutil.copy(predictions / one, references / one)
+    shutil.copy(predictions / one, references / "missing.nii.gz")
+    (references / two).write_bytes(b"broken")
+    result = medseg_("evaluate", predictions, references, "-o", tmp_path / "scores")
+    assert result.exit_code == 3
+    lines = result.stdout.splitlines()
+    assert [line.split(":")[:2] for line in lines if line.startswith("failed")] == [
+        ["failed, counted as 0", " missing"]
+    ]
+    assert [line.split(":")[0] for line in lines if two.removesuffix(".nii.gz") in line] == ["not scored, in no number"]
+    assert (tmp_path / "scores" / "evaluation.json").exists()
+    (references / "missing.nii.gz").unlink()
+    (references / two).unlink()
+    result = medseg_("evaluate", predictions, references, "-o", tmp_path / "scores")
+    assert result.exit_code == 0
+    assert f"masks without a reference: {two.removesuffix('.nii.gz')}" in result.stdout
+
+
+def test_doctor_names_what_is_missing_with_the_line_that_installs_it(monkeypatch: Any) -> None:
+    whole = medseg_("doctor")
+    assert (whole.exit_code, whole.stderr) == (0, "")
+    assert re.search(r"^torch +\d", whole.stdout, re.MULTILINE)
+    assert re.search(r"^device: (cpu|cuda|mps)", whole.stdout, re.MULTILINE)
+    assert "SimpleITK: installed" in whole.stdout
+    assert "missing" not in whole.stdout
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "SimpleITK: missing, for .mha, .mhd and .nrrd files: pip install 'medseg[itk]'" in medseg_("doctor").stdout
+
+
+def test_download_prints_the_folder(monkeypatch: Any) -> None:
+    monkeypatch.setattr("medseg.download.download_task", lambda task, out, show: out / f"{task}_Somewhere")
+    result = medseg_("download", "Task04", "-o", "here")
+    assert (result.exit_code, result.stdout) == (0, f"{Path('here') / 'Task04_Somewhere'}\n")
+
+
+def test_demo_is_the_journey_on_made_up_data(tmp_path: Path, monkeypatch: Any) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(cli, "_run", lambda dataset, out, quiet, **choices: calls.append((dataset, out, choices)))
+    assert medseg_("demo", "-o", tmp_path).exit_code == 0
+    ((dataset, out, choices),) = calls
+    assert (dataset / "dataset.json").exists()
+    assert out == tmp_path / "run"
+    assert choices["train"].time_budget_s == 60
+
+
+def test_a_script_of_a_task_is_a_command(tiny_overrides: tuple[str, ...], tmp_path: Path, capfd: Any) -> None:
+    labels = {"Anterior": 1, "Posterior": 2}
+    dataset = make_dataset(tmp_path / "data", cases=5, test_cases=0, shape=(20, 20, 16), labels=labels)
+    sys.argv, before = ["task04", str(dataset), "-o", str(tmp_path / "out"), "--iterations", "1"], sys.argv
+    sys.argv += set_options(tiny_overrides)
+    try:
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(PIPELINES / "task04_hippocampus.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+    output = capfd.readouterr()
+    assert not end.value.code, output.err
+    assert re.search(r"^hippocampus +\S", output.out, re.MULTILINE)  # the recipe's region
+
+
+# Display
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    stream = Terminal()
+    monkeypatch.setattr(cli, "_console", lambda *, stderr: cli._console_on(stream))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return stream
+
+
+def last_frame(text: str) -> list[str]:
+    """The lines that a terminal shows at the end: each frame begins by going up over the one before."""
+    plain = re.sub(r"\x1b\[(?!\d*A)[\d;?]*[a-zA-Z]", "", text).rpartition("\x1b[1A")[2]
+    return [line for line in plain.replace("\r", "\n").splitlines() if line.strip()]
+
+
+def test_on_a_terminal_bars_show_fraction_time_loss_and_dice(terminal: Terminal) -> None:
+    with cli._Show() as show:
+        show("preparing for 3d_fullres", 1.0, "")
+        show("training", 0.25, "step 10 loss 0.531 Dice 0.702")
+    text = terminal.getvalue()
+    line = next(line for line in reversed(last_frame(text)) if line.startswith("training"))
+    assert re.fullmatch(r"training +\S+ +25% +\S+ step 10 loss 0\.531 Dice 0\.702 *", line)
+    assert len(line) <= 80
+
+
+def test_a_log_line_on_a_terminal_stands_above_the_bars(terminal: Terminal) -> None:
+    with cli._Show() as show:
+        show("training", 0.5, "")
+        handler = cli._ConsoleHandler(cli._console_on(terminal))
+        handler.handle(logging.LogRecord("medseg.train", logging.WARNING, "", 0, "look [at] this", None, None))
+        show("training", 1.0, "")
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert re.search(r"\rwarning: look \[at\] this\ntraining", plain)
+    assert any(line.startswith("training") for line in last_frame(terminal.getvalue()))
+
+
+def test_colours_are_for_terminals_that_want_them(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def red(stream: io.StringIO) -> str:
+        cli._console_on.cache_clear()
+        cli._console_on(stream).print("careful", style="red")
+        return stream.getvalue()
+
+    assert red(Terminal()) == "\x1b[31mcareful\x1b[0m\n"
+    assert red(io.StringIO()) == "careful\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert red(Terminal()) == "careful\n"
+
+
+def test_elsewhere_progress_is_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    clock = iter([0.0, 10.0, 20.0, 22.0, 40.0, 41.0, 43.0])
+    monkeypatch.setattr(cli, "_console", lambda *, stderr: cli._console_on(stream))
+    monkeypatch.setattr("medseg.cli.time.monotonic", lambda: next(clock))
+    with cli._Show() as show:
+        for fraction in (0.25, 0.5, 0.55, 1.0):
+            show("training", fraction, f"step {fraction * 100:.0f}")
+        show("scoring", 0.5, "a")
+        show("scoring", 1.0, "b")
+    assert stream.getvalue().splitlines() == [
+        "training 50% step 50 (0:20 left)",  # 20 s for a half; 15 s after the beginning
+        "training 100% step 100 (0:40)",
+        "scoring 100% b (0:03)",
+    ]
+
+
+def test_a_table_loses_nothing_in_a_window_of_80_columns() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=80)
+    header = ("class", "Dice", "median Dice", "NSD at 1 mm", "HD95 mm", "cases", "missed", "false positive", "failed")
+    cli._table(console, header, [("mean of classes", "0.8712", "0.8755", "0.9551", "1.23", "40", "0", "0", "[0]")])
+    text = stream.getvalue()
+    assert "…" not in text
+    assert all(word in text for word in ("positive", "missed", "0.8712", "0.8755", "0.9551", "[0]"))
+    assert len(text.splitlines()) == 4  # only the headings and the name of the class are wrapped
+
+
+# Signals
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_training_that_is_interrupted_ends_with_130_and_goes_on(
+    phantom_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = [str(phantom_dataset), "-o", str(out), "--iterations", "160", "--device", "cpu"]
+    arguments = ["run", *arguments, *set_options(tiny_overrides)]
+    log = out / "training" / "fold_0" / "log.csv"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        log.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "medseg.cli", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for(log.exists, process)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stdout) == (130, "")
+        assert stderr.splitlines()[-1].startswith("interrupted: ")
+        assert not (out / "package").exists()
+    result = medseg_(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "checking" not in result.stderr  # was done before
+    assert not list(out.rglob(".medseg-tmp-*"))
