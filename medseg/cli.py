@@ -278,7 +278,14 @@ def run(
 
 def run_recipe(recipe: Recipe) -> None:
     """Run a recipe on the dataset that the command line names: the door of the scripts in ``pipelines/``."""
+    recipe_app(recipe)()
 
+
+def recipe_app(recipe: Recipe) -> typer.Typer:
+    """The command line of a recipe: that of ``medseg run`` without what the recipe decides."""
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @script.command(help=f"Train and score {recipe.task}: `medseg run` with what suits it.")
     @_command
     def command(
         dataset: DatasetArgument,
@@ -311,10 +318,7 @@ def run_recipe(recipe: Recipe) -> None:
             skip_bad_cases=skip_bad_cases,
         )
 
-    command.__doc__ = f"Train and score {recipe.task}."
-    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    script.command()(command)
-    script()
+    return script
 
 
 @app.command(epilog=_examples("medseg check Task04_Hippocampus", "medseg check Task04_Hippocampus --json"))

@@ -1,0 +1,274 @@
+"""Every command that the documents and the help texts show exists and can be called so; the documents' are run.
+
+Commands run in a folder of their own, on phantoms in place of the data they name and with a network of a few steps.
+Python is run the same way. What would download or takes minutes (``medseg demo``) is read only.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.main import get_command
+
+from medseg import cli, pipeline
+from medseg.io import suffix_of
+from medseg.pipeline import RunResult
+from medseg.train import TrainSettings
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("*.md", "docs/**/*.md", "data/*.md", "docker/*.md")
+    for path in ROOT.glob(pattern)
+    if path.name != "CHANGELOG.md"  # what it tells of may be gone
+)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`(medseg [^`\n]+)`")
+SHELLS = ("", "bash", "sh", "console", "shell")
+IMAGE = re.compile(r"medseg:(?:cpu|cuda)$")
+MINUTES = ("demo",)
+READ_ONLY = ("experiments.md",)
+USAGE_ERROR: Any = typer.BadParameter.__base__
+
+
+def text_of(path: Path) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def shown_commands(text: str) -> list[str]:
+    """The calls of medseg and of its scripts in a document's shell blocks, one a line, comments left out."""
+    found = []
+    for language, block in FENCED.findall(text):
+        if language in SHELLS:
+            lines = block.replace("\\\n", " ").splitlines()
+            parts = [part.strip().removeprefix("$ ") for line in lines for part in line.split("&&")]
+            found += [part for part in parts if re.match(r"medseg |python pipelines/|docker run ", part)]
+    return found
+
+
+def parse(line: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """The function that a command line calls, and its arguments; None where it only asks for help or the version.
+
+    Raises:
+        UsageError: no such command or option, a missing argument, or a value that is none.
+        FileNotFoundError: no such script.
+    """
+    words = shlex.split(line, comments=True)
+    if words[0] == "docker":  # what stands behind the image's name
+        words = ["medseg", *words[next(n for n, word in enumerate(words) if IMAGE.search(word)) + 1 :]]
+    if words[0] == "python":
+        name, command = words[1], get_command(cli.recipe_app(runpy.run_path(str(ROOT / words[1]))["RECIPE"]))
+        arguments = words[2:]
+    else:
+        group: Any = get_command(cli.app)
+        if words[1] in ("--help", "-h", "--version"):
+            return None
+        with group.make_context("medseg", words[1:]) as context:
+            name, command, arguments = group.resolve_command(context, words[1:])
+    if {"--help", "-h"} & set(arguments):
+        return None
+    with command.make_context(name, list(arguments)) as context:
+        assert command.callback is not None
+        return command.callback, dict(context.params)
+
+
+# Reading
+
+
+ALL_SHOWN = [(path, line) for path in DOCUMENTS for line in shown_commands(text_of(path))]
+
+
+def test_the_readme_shows_commands() -> None:
+    assert Path("README.md") in {path for path, _ in ALL_SHOWN}
+
+
+@pytest.mark.parametrize(("path", "line"), ALL_SHOWN, ids=str)
+def test_a_shown_command_can_be_called_so(path: Path, line: str) -> None:
+    parse(line)
+
+
+def mentions() -> Iterator[str]:
+    """Commands within sentences and tables, and those in help texts."""
+    for path in DOCUMENTS:
+        yield from INLINE.findall(FENCED.sub("", text_of(path)))
+    group: Any = get_command(cli.app)
+    for command in (group, *group.commands.values()):
+        yield from re.findall(r"^  (medseg .*)$", command.epilog, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", sorted(set(mentions())))
+def test_a_mentioned_command_exists_and_one_with_arguments_can_be_called_so(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if len(words) == 2 and not words[1].startswith("-"):
+        assert words[1] in get_command(cli.app).commands  # type: ignore[attr-defined]
+    else:
+        parse(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "medseg frobnicate data",
+        "medseg run data --colour",
+        "medseg run",
+        "medseg run data --epochs many",
+        "medseg --colour",
+        "python pipelines/task04_hippocampus.py data --mirror",
+        "python pipelines/task99_elbow.py data",
+        "docker run --rm -v a:b medseg:cpu predict /input --model",
+    ],
+)
+def test_a_command_that_does_not_exist_would_be_found(line: str) -> None:
+    assert shown_commands(f"```bash\n{line}\n```\n") == [line]
+    with pytest.raises((FileNotFoundError, USAGE_ERROR)):
+        parse(line)
+
+
+def test_blocks_are_taken_apart_into_commands() -> None:
+    text = "```console\n$ pip install . && medseg demo\n$ medseg run data \\\n    --epochs 3\n```\n"
+    text += "```text\nmedseg tree\n```\n"
+    assert [line.split() for line in shown_commands(text)] == [
+        ["medseg", "demo"],
+        ["medseg", "run", "data", "--epochs", "3"],
+    ]
+
+
+# Running
+
+
+class Sandbox:
+    """An empty working folder in which whatever a document names is provided when it is first used."""
+
+    def __init__(self, dataset: Path, made: RunResult) -> None:
+        self.dataset, self.made = dataset, made
+
+    def provide(self, kind: str, path: Path) -> None:
+        """Put something of that kind at a relative path, if nothing is there."""
+        if path.exists() or path.is_absolute():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "package":
+            shutil.copytree(self.made.package, path)
+        elif kind == "masks":
+            shutil.copytree(self.dataset / "labelsTr", path)
+        elif kind == "planned":
+            path.mkdir()
+            shutil.copy(self.made.out / "plan.json", path)
+        elif suffix_of(path):
+            shutil.copy(self.dataset / "imagesTs" / "phantom_007.nii.gz", path)
+        elif kind == "images":
+            shutil.copytree(self.dataset / "imagesTs", path)
+        else:
+            shutil.copytree(self.dataset, path.parent if path.name == "dataset.json" else path, dirs_exist_ok=True)
+
+    def provide_arguments(self, name: str, arguments: dict[str, Any]) -> None:
+        """Put there what a command reads."""
+        kinds = {"dataset": "dataset", "model": "package", "predictions": "masks", "references": "masks"}
+        kinds["images"] = "images" if not str(arguments.get("images", "")).endswith(".json") else "dataset"
+        if "Task" in str(arguments.get("references", "")):
+            kinds["references"] = "dataset"
+        if name == "train":
+            kinds["out"] = "planned"
+        for argument, kind in kinds.items():
+            if arguments.get(argument) is not None:
+                self.provide(kind, arguments[argument])
+
+    def provide_names(self, code: str) -> None:
+        """Put there what the texts in a piece of Python name."""
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                path = Path(node.value)
+                if path.name in ("package", "PACKAGE") or path.suffix == ".zip":
+                    self.provide("package", path)
+                elif suffix_of(path):
+                    self.provide("images", path)
+                elif path.name.startswith("Task"):
+                    self.provide("dataset", path)
+
+
+@pytest.fixture
+def sandbox(
+    phantom_dataset: Path,
+    tiny_run: RunResult,
+    tiny_overrides: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Sandbox:
+    box = Sandbox(phantom_dataset, tiny_run)
+    run, plan_station = pipeline.run, pipeline.plan_station
+    quick = TrainSettings(iterations=2, device="cpu")
+
+    # the phantom has other labels than a task's regions, and one configuration
+    def quick_run(dataset: Path | str, out: Path | str, **choices: Any) -> RunResult:
+        overrides = (*choices.pop("overrides", ()), *tiny_overrides)
+        changed = {"train": quick, "overrides": overrides, "configuration": "3d_fullres", "regions": None}
+        return run(dataset, out, **{**choices, **changed})
+
+    def quick_plan(*arguments: Any) -> Any:
+        *rest, configuration, overrides, show = arguments
+        return plan_station(*rest, configuration, [*overrides, *tiny_overrides], show)
+
+    def copy(task: str, folder: Path, *_: Any) -> Path:
+        box.provide("dataset", folder / next(n for n in ("Task04_Hippocampus", task) if n.startswith(task)))
+        return folder
+
+    (tmp_path / "deep" / "below").mkdir(parents=True)  # so that ../ stays within
+    monkeypatch.chdir(tmp_path / "deep" / "below")
+    monkeypatch.setattr("medseg.pipeline.run", quick_run)
+    monkeypatch.setattr("medseg.pipeline.plan_station", quick_plan)
+    monkeypatch.setattr("medseg.cli._train_settings", lambda **_: quick)
+    monkeypatch.setattr("medseg.download.download_task", copy)
+    return box
+
+
+def pieces(text: str) -> Iterator[tuple[str, str]]:
+    """Commands and pieces of Python of a document, in order."""
+    for match in FENCED.finditer(text):
+        if match[1] == "python":
+            yield "python", match[2]
+        else:
+            yield from (("shell", line) for line in shown_commands(match[0]))
+
+
+def exit_code(function: Callable[..., Any], arguments: dict[str, Any]) -> int:
+    try:
+        function(**arguments)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
+RUN = [path for path in DOCUMENTS if path.name not in READ_ONLY and list(pieces(text_of(path)))]
+
+
+@pytest.mark.parametrize("path", RUN, ids=str)
+def test_what_a_document_shows_runs_from_top_to_bottom(path: Path, sandbox: Sandbox) -> None:
+    names: dict[str, Any] = {"__name__": "shown"}
+    for kind, piece in pieces(text_of(path)):
+        if kind == "python":
+            sandbox.provide_names(piece)
+            exec(compile(piece, f"{path.name}: {piece.splitlines()[0]}", "exec"), names)
+        elif not piece.startswith("docker") and (parsed := parse(piece)):
+            function, arguments = parsed
+            if function.__name__ in MINUTES:
+                continue
+            sandbox.provide_arguments(function.__name__, arguments)
+            assert exit_code(function, arguments) in (0, 3), piece
+
+
+def test_python_that_does_not_run_would_be_found(sandbox: Sandbox) -> None:
+    good = 'import medseg\nmodel = medseg.load("some/package")\nassert model("scan.nii.gz").volumes_ml()\n'
+    for code in (good, good.replace("volumes_ml", "litres")):
+        sandbox.provide_names(code)
+    exec(good, {})
+    with pytest.raises(AttributeError, match="litres"):
+        exec(good.replace("volumes_ml", "litres"), {})
