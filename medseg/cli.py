@@ -551,12 +551,11 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Say what is installed, which device is used, what is missing."""
     import importlib.util
 
-    from medseg.engines import choose_device
     from medseg.pipeline import versions
 
     output = _console(stderr=False)
     _table(output, ("package", "version"), list(versions().items()))
-    output.print(f"device: {choose_device('auto')}")
+    output.print(f"device: {_device_found()}")
     for module, extra, use in (
         ("SimpleITK", "itk", ".mha, .mhd and .nrrd files"),
         ("tensorboard", "tensorboard", "training curves in TensorBoard"),
@@ -657,6 +656,21 @@ def _table(output: Console, header: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     output.print(table, soft_wrap=False)
+
+
+def _device_found() -> str:
+    """The device that ``auto`` takes, in words."""
+    import torch
+
+    from medseg.engines import choose_device
+
+    device = choose_device("auto")
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        return f"cuda, {card.name} with {card.total_memory / 2**30:.0f} GiB"
+    if device.type == "cpu" and not (torch.version.cuda or torch.version.hip):
+        return "cpu (this build of PyTorch is for CPUs only; for a GPU see https://pytorch.org/get-started/locally)"
+    return str(device)
 
 
 def _default_out(dataset: Path) -> Path:
