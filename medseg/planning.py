@@ -5,7 +5,7 @@ spacing, normalisation, patch, topology, batch, the low-resolution configuration
 nnU-Net's own plan. nnU-Net orders axes as they are in the file read by ITK, slowest first; here the data are turned to
 RAS first, so that the order is (head, front, right) with the axis of largest spacing moved to the front.
 
-A CPU has another recipe, kept together in ``RECIPES``.
+A CPU has another recipe, kept in ``PROFILES``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AXIS_NAMES = ("left-right", "back-front", "foot-head")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DeviceProfile:
     """What a kind of device changes about a plan; to be tuned by experiment.
 
     Attributes:
@@ -55,8 +55,8 @@ class Recipe:
     training: TrainingPlan
 
 
-RECIPES: Mapping[Device, Recipe] = {
-    "gpu": Recipe(
+PROFILES: Mapping[Device, DeviceProfile] = {
+    "gpu": DeviceProfile(
         base_features=32,
         max_features={2: 512, 3: 320},
         batch_voxels=None,
@@ -65,7 +65,7 @@ RECIPES: Mapping[Device, Recipe] = {
         deep_supervision=True,
         training=TrainingPlan(),
     ),
-    "cpu": Recipe(
+    "cpu": DeviceProfile(
         base_features=16,
         max_features={2: 160, 3: 160},
         batch_voxels=192 * 1024,
@@ -160,7 +160,7 @@ def make_plan(
         f"{Resampling().anisotropy:g} times the smallest, the nearest slice along that axis.",
     }
     normalisation = tuple(_normalisation(index, name, fingerprint, reasons) for index, name in enumerate(channels))
-    planner = _Planner(data, RECIPES[device], device, memory_budget_mb, reasons)
+    planner = _Planner(data, PROFILES[device], device, memory_budget_mb, reasons)
     return Plan(
         dataset=dataset_name,
         fingerprint_digest=fingerprint.digest(),
@@ -319,8 +319,8 @@ def feature_values(shape: Topology, features: Sequence[int], convs: int, classes
     return float(convs * maps.sum() + (convs + 1) * maps[:-1].sum() + classes * voxels[0])
 
 
-def _features(recipe: Recipe, dims: int, stages: int) -> Sizes:
-    return tuple(min(recipe.base_features * 2**stage, recipe.max_features[dims]) for stage in range(stages))
+def _features(profile: DeviceProfile, dims: int, stages: int) -> Sizes:
+    return tuple(min(profile.base_features * 2**stage, profile.max_features[dims]) for stage in range(stages))
 
 
 def _integers(values: Any) -> Sizes:
@@ -351,7 +351,9 @@ def _memory_mb(
     return values / reference.batch_size / reference.values * REFERENCE_MEMORY_MB
 
 
-def _design(spacing: Float, median: Float, data: _Data, recipe: Recipe, budget_mb: float, voxels: float) -> _Design:
+def _design(
+    spacing: Float, median: Float, data: _Data, profile: DeviceProfile, budget_mb: float, voxels: float
+) -> _Design:
     """Patch and batch for one configuration.
 
     The patch starts with the aspect ratio of the voxels and as large as the median case, and loses a step of its axis
@@ -361,7 +363,7 @@ def _design(spacing: Float, median: Float, data: _Data, recipe: Recipe, budget_m
         spacing: target spacing of the configuration's axes, mm.
         median: median shape along them.
         data: for the number of classes.
-        recipe: of the device.
+        profile: of the device.
         budget_mb: memory of a training step.
         voxels: of the whole dataset in this configuration, for the largest batch.
     """
@@ -372,10 +374,10 @@ def _design(spacing: Float, median: Float, data: _Data, recipe: Recipe, budget_m
     start, shrunk = shape.patch, 0
 
     def memory(shape: Topology, batch: int) -> float:
-        features = _features(recipe, dims, len(shape.strides))
-        return _memory_mb(shape, features, 2, data.classes, batch, recipe.bytes_per_value)
+        features = _features(profile, dims, len(shape.strides))
+        return _memory_mb(shape, features, 2, data.classes, batch, profile.bytes_per_value)
 
-    limit = recipe.patch_voxels or np.inf
+    limit = profile.patch_voxels or np.inf
     while memory(shape, MIN_BATCH) > budget_mb or np.prod(shape.patch) > limit:
         smaller = _smaller(shape, spacing, median)
         if smaller is None:
@@ -386,9 +388,9 @@ def _design(spacing: Float, median: Float, data: _Data, recipe: Recipe, budget_m
         shape, shrunk = smaller, shrunk + 1
     room = round(budget_mb / memory(shape, 1))
     cap = round(voxels * MAX_COVERAGE / float(np.prod(shape.patch)))
-    affordable = round(recipe.batch_voxels / float(np.prod(shape.patch))) if recipe.batch_voxels else room
+    affordable = round(profile.batch_voxels / float(np.prod(shape.patch))) if profile.batch_voxels else room
     batch = max(MIN_BATCH, min(room, cap, affordable))
-    features = _features(recipe, dims, len(shape.strides))
+    features = _features(profile, dims, len(shape.strides))
     return _Design(shape, features, batch, start, shrunk, room, cap, memory(shape, batch))
 
 
@@ -429,7 +431,7 @@ class _Planner:
     """Makes the configurations and writes down why."""
 
     data: _Data
-    recipe: Recipe
+    profile: DeviceProfile
     device: Device
     budget_mb: float
     reasons: dict[str, str]
@@ -453,7 +455,7 @@ class _Planner:
         return made
 
     def _design(self, spacing: Float, median: Float, voxels: float) -> _Design:
-        return _design(spacing, median, self.data, self.recipe, self.budget_mb, voxels)
+        return _design(spacing, median, self.data, self.profile, self.budget_mb, voxels)
 
     def _lowres(self, full: _Design) -> tuple[Float, Float, _Design] | None:
         """Spacing, median shape and design of the low-resolution configuration, or None and a reason."""
@@ -502,9 +504,9 @@ class _Planner:
                 features=design.features,
                 kernel_sizes=design.shape.kernels,
                 strides=design.shape.strides,
-                deep_supervision=self.recipe.deep_supervision,
+                deep_supervision=self.profile.deep_supervision,
             ),
-            training=self.recipe.training,
+            training=self.profile.training,
             estimated_memory_mb=design.memory_mb,
         )
 
@@ -517,7 +519,7 @@ class _Planner:
         if self.device == "cpu":
             axes = slice(3 - len(design.shape.patch), None)
             voxels = float(np.prod(median)) * self.data.count
-            usual = _design(spacing[axes], median[axes], self.data, RECIPES["gpu"], self.budget_mb, voxels)
+            usual = _design(spacing[axes], median[axes], self.data, PROFILES["gpu"], self.budget_mb, voxels)
         yield "spacing_mm", self._why_spacing(name, spacing)
         yield "median_shape", f"Median of the {self.data.count} cases' shapes, cropped and at the target spacing."
         yield "patch_size", self._why_patch(design, usual)
@@ -540,7 +542,7 @@ class _Planner:
             "network.deep_supervision",
             (
                 "As nnU-Net."
-                if self.recipe.deep_supervision
+                if self.profile.deep_supervision
                 else "Left out: on a CPU it costs more time than it brings."
             ),
         )
@@ -553,8 +555,8 @@ class _Planner:
     def _why_memory(self, design: _Design) -> str:
         scale = (
             f"on the scale on which nnU-Net's reference takes {REFERENCE_MEMORY_MB:g} MB"
-            if self.recipe.bytes_per_value is None
-            else f"at {self.recipe.bytes_per_value:g} bytes a number, beside some 400 MB for the program"
+            if self.profile.bytes_per_value is None
+            else f"at {self.profile.bytes_per_value:g} bytes a number, beside some 400 MB for the program"
         )
         return f"{design.batch} patches' feature maps, {scale}; the budget is {self.budget_mb:g} MB."
 
@@ -582,16 +584,16 @@ class _Planner:
                 f"; then {design.shrunk} steps off the axis that was largest relative to the median case, until two "
                 f"patches fit into {self.budget_mb:g} MB"
             )
-            if self.recipe.patch_voxels:
-                text += f" and a patch has at most {self.recipe.patch_voxels:,} voxels"
+            if self.profile.patch_voxels:
+                text += f" and a patch has at most {self.profile.patch_voxels:,} voxels"
         if usual.shape.patch != design.shape.patch:
             text += f". nnU-Net's rule for a GPU gives {_x(usual.shape.patch)}"
         return text + "."
 
     def _why_batch(self, design: _Design, usual: _Design) -> str:
-        if self.recipe.batch_voxels:
+        if self.profile.batch_voxels:
             return (
-                f"{design.batch} on a CPU: small steps of about {self.recipe.batch_voxels:,} voxels, and many of them. "
+                f"{design.batch} on a CPU: small steps of about {self.profile.batch_voxels:,} voxels, and many of them. "
                 f"nnU-Net's rule for a GPU gives {usual.batch}."
             )
         return (
@@ -601,7 +603,7 @@ class _Planner:
 
     def _why_features(self, design: _Design, usual: _Design) -> str:
         dims = len(design.shape.patch)
-        text = f"{self.recipe.base_features}, doubled at each stage up to {self.recipe.max_features[dims]}"
+        text = f"{self.profile.base_features}, doubled at each stage up to {self.profile.max_features[dims]}"
         if usual.features != design.features:
             text += f", so that a CPU can train it; nnU-Net's rule gives {', '.join(map(str, usual.features))}"
         return text + "."
@@ -615,10 +617,10 @@ class _Planner:
         return f"Agreement of the classes' places with their mirror images (from {MIRROR_AGREEMENT:g} on): {figures}."
 
     def _why_training(self) -> str:
-        training = self.recipe.training
+        training = self.profile.training
         if self.device == "gpu":
             return "nnU-Net's recipe: SGD with Nesterov momentum, 1000 epochs of 250 iterations."
-        usual = RECIPES["gpu"].training
+        usual = PROFILES["gpu"].training
         return (
             f"For minutes on a CPU: {training.optimiser} at {training.learning_rate:g} over {training.iterations} "
             f"iterations; nnU-Net's rule is {usual.optimiser} at {usual.learning_rate:g} over {usual.iterations}."
@@ -740,7 +742,7 @@ def _fit(plan: Plan, name: str, fields: Mapping[str, str], messages: list[str]) 
     else:
         patch_goal = np.array(patch)
     if len(strides) != len(old.network.features):
-        features = RECIPES[plan.device]
+        features = PROFILES[plan.device]
         first = replace(features, base_features=old.network.features[0])
         result.setdefault("network.features", _json(_features(first, old.spatial_dims, len(strides))))
         usual = [(3,) * old.spatial_dims] * len(strides)
@@ -793,6 +795,6 @@ def _estimated(plan: Plan, configuration: Configuration) -> Configuration:
         network.convs_per_stage,
         plan.labels.count,
         configuration.batch_size,
-        RECIPES[plan.device].bytes_per_value,
+        PROFILES[plan.device].bytes_per_value,
     )
     return configuration.model_copy(update={"estimated_memory_mb": memory})

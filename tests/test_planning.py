@@ -15,7 +15,7 @@ from medseg.dataset import Dataset
 from medseg.errors import PlanError
 from medseg.fingerprint import CaseMeasures, Fingerprint, Intensities, measure
 from medseg.plan import Configuration, NetworkPlan, Plan, TrainingPlan
-from medseg.planning import RECIPES, feature_values, make_plan, override_plan, topology
+from medseg.planning import PROFILES, feature_values, make_plan, override_plan, topology
 from medseg.volume import Labels
 
 DATA = os.environ.get("MEDSEG_TEST_DATA", "")
@@ -206,15 +206,15 @@ def test_budget_scales_patch_and_batch() -> None:
 
 def test_a_cpu_gets_the_other_recipe() -> None:
     liver: Any = GOLDEN["Liver"][:4]
-    recipe = RECIPES["cpu"]
+    profile = PROFILES["cpu"]
     made = plan(*liver, device="cpu")
     for name, configuration in made.configurations.items():
-        assert configuration.training == recipe.training
+        assert configuration.training == profile.training
         voxels = configuration.batch_size * math.prod(configuration.patch_size)
-        assert configuration.batch_size == 2 or voxels <= 1.25 * (recipe.batch_voxels or 0)
-        assert configuration.network.features[0] == recipe.base_features
+        assert configuration.batch_size == 2 or voxels <= 1.25 * (profile.batch_voxels or 0)
+        assert configuration.network.features[0] == profile.base_features
         assert not configuration.network.deep_supervision
-        assert math.prod(configuration.patch_size) <= (recipe.patch_voxels or 0)
+        assert math.prod(configuration.patch_size) <= (profile.patch_voxels or 0)
         assert "nnU-Net's rule" in made.reasons[f"configurations.{name}.batch_size"]
     assert "128x128x128" in made.reasons["configurations.3d_fullres.patch_size"]  # what a GPU would get
     assert "32, 64, 128, 256, 320, 320" in made.reasons["configurations.3d_fullres.network.features"]
