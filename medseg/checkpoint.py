@@ -1,11 +1,13 @@
 """Checkpoint: all that changes while training, in one safetensors file that a killed training goes on from.
 
 The tensors are weights, their running average, the best weights and the optimiser's state; the numbers stand in the
-file's header as JSON. Batches are functions of seed and iteration, so there is no random state to keep.
+file's header as JSON, with a digest of all of it, as safetensors has none. Batches are functions of seed and iteration,
+so there is no random state to keep.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import medseg
 from medseg.records import write_bytes
 
 log = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ class State:
 
     network: nn.Module
     optimiser: Optimizer
-    average: dict[str, Tensor]
+    average: dict[str, Tensor] = field(default_factory=dict)
     iteration: int = 0
     seconds: float = 0.0
     validations: int = 0
@@ -62,14 +65,15 @@ def save_checkpoint(state: State, path: Path, key: str) -> None:
     for index, kept in state.optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in kept.items()}
     numbers = {name: getattr(state, name) for name in _NUMBERS}
-    content = safetensors.torch.save(on_host(tensors), {"key": key, "state": json.dumps(numbers)})
-    write_bytes(path, content)
+    tensors, text = on_host(tensors), json.dumps(numbers)
+    header = {"key": key, "version": medseg.__version__, "state": text, "digest": _digest(tensors, text)}
+    write_bytes(path, safetensors.torch.save(tensors, header))
 
 
 def resume(state: State, path: Path, key: str) -> bool:
     """Bring a fresh state to where a checkpoint of the same training stood; whether there was one.
 
-    A missing or damaged file, or one of a training with another key, leaves the state as it is.
+    A missing or damaged file, or one of a training with another key or version of medseg, leaves the state as it is.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -80,25 +84,45 @@ def resume(state: State, path: Path, key: str) -> bool:
     except (OSError, safetensors.SafetensorError) as failure:
         log.warning("%s is damaged (%s): training starts anew", path.name, failure)
         return False
-    if header.get("key") != key:
-        log.warning("%s belongs to a training with other data or settings: training starts anew", path.name)
+    text = header.get("state", "")
+    if header.get("digest") != _digest(tensors, text):
+        log.warning("%s is damaged (its digest differs): training starts anew", path.name)
         return False
-    for name, value in json.loads(header["state"]).items():
+    if header.get("key") != key or header.get("version") != medseg.__version__:
+        log.warning("%s belongs to a training with other data, settings or version: training starts anew", path.name)
+        return False
+    for name, value in json.loads(text).items():
         setattr(state, name, value)
+    _load(state, tensors)
+    log.info("training goes on from step %d", state.iteration)
+    return True
+
+
+def _load(state: State, tensors: dict[str, Tensor]) -> None:
+    """Give tensors back to where ``save_checkpoint`` took them from, on the device that these are on."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _TENSORS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
     state.network.load_state_dict(parts["network"])
-    state.average, state.best = parts["average"], parts["best"]
+    for name, tensor in parts["average"].items():
+        state.average[name].copy_(tensor)
+    state.best = parts["best"]
     kept: dict[int, dict[str, Tensor]] = {}
     for name, tensor in parts["optimiser"].items():
         index, _, rest = name.partition(".")
         kept.setdefault(int(index), {})[rest] = tensor
     groups = state.optimiser.state_dict()["param_groups"]
     state.optimiser.load_state_dict({"state": kept, "param_groups": groups})
-    log.info("training goes on from step %d", state.iteration)
-    return True
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    """SHA-256 (hex) over contiguous tensors in main memory, with names, types and shapes, and a text."""
+    total = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import medseg
-from medseg.dataset import Case, Dataset, Findings, Fold, check
+from medseg.check import check
+from medseg.dataset import Case, Dataset, Findings, Fold
 from medseg.engines import choose_device
 from medseg.errors import DatasetError, InputError, MedsegError
-from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, evaluate_cases
+from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, Pair, evaluate_cases
 from medseg.fingerprint import Fingerprint, measure
 from medseg.package import FoldRecord, load_package, save_package
 from medseg.patches import prepare_cases
@@ -31,6 +32,7 @@ from medseg.progress import Progress, silent
 from medseg.records import Record, digest_file, digest_of, read_json, remove_leftovers, write_json, write_text
 from medseg.report import markdown_summary, save_curve
 from medseg.train import LOG, WEIGHTS, Job, TrainSettings, train_fold
+from medseg.volume import Labels
 
 log = logging.getLogger(__name__)
 
@@ -93,20 +95,20 @@ def run(
         DatasetError: cases are unusable and ``skip_bad_cases`` is not set; every one is listed.
         PlanError: an override or the configuration is impossible.
         TrainingError: training cannot go on.
-        InputError: another run is writing to ``out``.
+        InputError: another run is writing to ``out``, or nothing can be written there; a fold or the device that does
+            not exist; a region of an unknown label.
     """
     out = Path(out)
     settings = train or TrainSettings()
     with writing_to(out):
         data = Dataset.open(Path(dataset))
-        if regions:
-            data = replace(data, labels=data.labels.model_copy(update={"regions": dict(regions)}))
+        scored = _with_regions(data.labels, regions or {})
         data, skipped = check_station(data, out, skip_bad_cases, progress)
         plan = plan_station(data, out, settings.device, memory_budget_mb, configuration, overrides, progress)
         chosen = chosen_folds(data, folds, out)
         records = train_station(data, plan, configuration, chosen, out, settings, progress)
         pairs = _predict_station(data, chosen, out, PredictSettings(device=settings.device, mirror=mirror), progress)
-        evaluation = evaluate_cases(pairs, plan.labels, tolerance_mm, progress)
+        evaluation = _evaluate_station(pairs, scored, tolerance_mm, out, progress)
         return _write_results(data, evaluation, skipped, chosen, records, out)
 
 
@@ -116,9 +118,10 @@ def check_station(
     """Check a dataset and take out its unusable cases; findings go to ``check.json``.
 
     Raises:
-        DatasetError: there are unusable cases, and they are not to be skipped; or the dataset itself is unusable.
+        DatasetError: there are unusable cases, and they are not to be skipped.
     """
-    key = digest_of(["check", medseg.__version__, data.digest()])
+    faults = [fault.model_dump(mode="json") for fault in data.faults]
+    key = digest_of(["check", medseg.__version__, data.digest(), replace(data, cases=data.test).digest(), faults])
     findings = _kept(out / "check.json", Findings, key) or _keep(out / "check.json", check(data, progress), key)
     for finding in findings.findings:
         level = logging.WARNING if finding.unusable else logging.INFO
@@ -128,7 +131,7 @@ def check_station(
         listed = "\n  ".join(f"{f.case}: {f.found}" for f in findings.findings if f.case in bad and f.unusable)
         raise DatasetError(
             data.root,
-            f"{len(bad)} of {len(data.cases)} cases cannot be used:\n  {listed}\n",
+            f"{len(bad)} of {len(data.cases)} cases cannot be used:\n  {listed}",
             "",
             "correct them, or leave them out with --skip-bad-cases",
         )
@@ -156,11 +159,25 @@ def plan_station(
     for message in messages:
         log.warning("plan: %s", message)
     plan.configuration(configuration)
-    if not (out / "plan.json").exists() or Plan.load(out / "plan.json") != plan:
+    if _written_plan(out / "plan.json") != plan:
         plan.save(out / "plan.json")
         for field, reason in plan.reasons.items():
             log.info("plan: %s: %s", field, reason)
     return plan
+
+
+def _written_plan(path: Path) -> Plan | None:
+    """The plan of an earlier run, if it is there and whole."""
+    try:
+        return Plan.load(path)
+    except InputError:
+        return None
+
+
+def _with_regions(labels: Labels, regions: Mapping[str, tuple[int, ...]]) -> Labels:
+    """Labels with more regions, which only the scores know of: nothing is trained again for them."""
+    body = {**labels.model_dump(), "regions": {**labels.regions, **regions}}
+    return Labels.checked(body, "regions")
 
 
 def versions() -> dict[str, str]:
@@ -191,24 +208,43 @@ def train_station(
         training = [prepared[case] for case in fold.train]
         records[number] = train_fold(Job(plan, configuration, training, validation, folder, settings), progress)
         weights[number] = (folder / WEIGHTS).read_bytes()
-        if (folder / LOG).exists():
+        if _is_newer(folder / LOG, folder / "curve.png"):
             save_curve(folder / LOG, folder / "curve.png")
     save_package(out / "package", data.name, plan, configuration, records, weights, versions())
     return records
 
 
+def _is_newer(source: Path, picture: Path) -> bool:
+    """Whether there is a source that the picture, if there is one, does not show yet."""
+    return source.exists() and not (picture.exists() and picture.stat().st_mtime_ns > source.stat().st_mtime_ns)
+
+
 def _predict_station(
     data: Dataset, chosen: Mapping[int, Fold], out: Path, settings: PredictSettings, progress: Progress
-) -> list[tuple[str, Path, Path]]:
+) -> list[Pair]:
     """Segment every fold's held-out cases with that fold's network alone; pairs for the evaluation."""
     package = load_package(out / "package")
     pairs = []
     for number, fold in chosen.items():
         folder = out / "predictions" / f"fold_{number}"
         cases = [data.case(case) for case in fold.validation]
-        predict_cases(Predictor(package.only(number), settings), cases, folder, overwrite=True, progress=progress)
+        predictor = Predictor(package.only(number), settings)
+        results = predict_cases(predictor, cases, folder, overwrite=True, progress=progress)
+        for result in results:
+            if result.status == "failed":  # an older model's mask must not be scored as this one's
+                (folder / f"{result.case}.nii.gz").unlink(missing_ok=True)
         pairs += [(case.id, folder / f"{case.id}.nii.gz", _label(case)) for case in cases]
     return pairs
+
+
+def _evaluate_station(
+    pairs: Sequence[Pair], labels: Labels, tolerance_mm: float, out: Path, progress: Progress
+) -> Evaluation:
+    files = [[case, *(digest_file(p) if p.exists() else "missing" for p in paths)] for case, *paths in pairs]
+    key = digest_of(["evaluation", medseg.__version__, labels.model_dump(mode="json"), tolerance_mm, files])
+    path = out / "evaluation" / "evaluation.json"
+    kept: Evaluation | None = _kept(path, Evaluation, key)
+    return kept or _keep(path, evaluate_cases(pairs, labels, tolerance_mm, progress), key)
 
 
 def _label(case: Case) -> Path:
@@ -233,7 +269,6 @@ def _write_results(
         "plan": out / "plan.json",
         "log": out / "log.txt",
     }
-    evaluation.save(out / "evaluation" / "evaluation.json")
     evaluation.save_csv(paths["scores"])
     lines = [f"# {data.name}", "", NOTICE, "", f"Held-out cases of folds {', '.join(map(str, chosen))}.", ""]
     if skipped:
@@ -258,9 +293,9 @@ def chosen_folds(data: Dataset, wanted: Sequence[int] | None, out: Path) -> dict
     all_folds = data.folds()
     write_json(out / "folds.json", [{"train": list(f.train), "validation": list(f.validation)} for f in all_folds])
     numbers = range(len(all_folds)) if wanted is None else wanted
-    for number in numbers:
-        if not 0 <= number < len(all_folds):
-            raise InputError("--folds", f"there is no fold {number}", f"0 to {len(all_folds) - 1}, or all")
+    if absent := [number for number in numbers if not 0 <= number < len(all_folds)] or not numbers:
+        found = f"there is no fold {absent}" if numbers else "no fold is named"
+        raise InputError("--folds", found, f"0 to {len(all_folds) - 1}, or all")
     return {number: all_folds[number] for number in numbers}
 
 
@@ -287,7 +322,7 @@ def writing_to(out: Path) -> Iterator[None]:
     """Hold an output folder: one writer at a time, what a killed run left half-written swept away, and a log kept.
 
     Raises:
-        InputError: another process holds the folder.
+        InputError: another run holds the folder, or it cannot be written to.
     """
     with _sole_writer(out), _log_file(out / "log.txt"):
         remove_leftovers(out)
@@ -297,8 +332,13 @@ def writing_to(out: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _sole_writer(out: Path) -> Iterator[None]:
     """Hold the output folder; a second run on it is refused. The system frees the hold when the process ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("a")
+    except OSError as failure:
+        remedy = "give another folder with -o"
+        raise InputError(out, f"cannot be written to: {failure.strerror}", "a folder for results", remedy) from None
+    with file:
         try:
             import fcntl
         except ImportError:  # Windows: no such lock
@@ -306,16 +346,18 @@ def _sole_writer(out: Path) -> Iterator[None]:
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(
                 out, "another run is writing here", "one run a folder", "wait, or give another -o"
             ) from None
+        except OSError as failure:  # some network file systems know no locks
+            log.warning("%s cannot be locked (%s): start no other run on it", out, failure.strerror)
         yield
 
 
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    """Append what medseg logs to a file while the block runs."""
+    """Append what medseg logs to a file while the block runs, and how it ended if not well."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("medseg")
@@ -324,8 +366,8 @@ def _log_file(path: Path) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     try:
         yield
-    except MedsegError as failure:
-        logger.error("%s", failure)
+    except BaseException as failure:
+        logger.error("%s", failure if isinstance(failure, MedsegError) else repr(failure))
         raise
     finally:
         logger.setLevel(before)

@@ -10,9 +10,10 @@ import contextlib
 import csv
 import io as text_io
 import math
+import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,15 +44,19 @@ from medseg.records import Record, digest_file, digest_of, write_bytes, write_te
 from medseg.sliding_window import slabs
 
 LOG_ROWS = 80
-"""Rows of the log, evenly spread over the budget."""
+"""Rows of the log, evenly spread over the budget; fewer where there are fewer steps."""
 VALIDATIONS = 8
-"""How often in a training some whole held-out cases are segmented and scored; a divisor of ``LOG_ROWS``."""
+"""How often some whole held-out cases are segmented and scored, the last time at the end; a divisor of ``LOG_ROWS``."""
 VALIDATION_CASES = 8
 """How many of them: enough to see a trend; all are scored after training."""
+VALIDATION_SHARE = 0.1
+"""Part of a budget in time that validation may take: it scores fewer cases then, but one at least."""
 CHECKPOINT_SECONDS = 20.0
-"""Time between checkpoints; more where writing one takes over a twentieth of that."""
+"""Time between checkpoints; more where that is less than ``CHECKPOINT_PAUSE`` times what writing one takes."""
+CHECKPOINT_PAUSE = 20.0
 
 CHECKPOINT, LOG, WEIGHTS, RESULT = "checkpoint.safetensors", "log.csv", "weights.safetensors", "result.json"
+_WEIGHTS_NOT_FINITE = ("the weights are no longer finite", "finite weights", "lower plan.learning_rate")
 _COLUMNS = ("iteration", "seconds", "loss", "learning_rate", "dice")
 
 
@@ -157,19 +162,19 @@ def train_fold(job: Job, progress: Progress = silent) -> FoldRecord:
         TrainingError: no case to train on, no class in any case, or a loss that is not finite.
         InputError: the device does not exist.
     """
-    if (finished := _finished(job)) is not None:
-        return finished
-    if not any(case.coordinates for case in job.cases):
-        raise TrainingError("training", f"no label in {len(job.cases)} training cases", "a class to learn")
-    fabric = _fabric(job.settings)
-    with _deterministic(job.settings.deterministic):
-        torch.manual_seed(job.settings.seed)
-        network = job.network()
-        average = {n: t.detach().clone() for n, t in network.state_dict().items()} if job.setup.training.average else {}
-        state = State(network, build_optimiser(network, job.setup.training), average)
-        resume(state, job.folder / CHECKPOINT, job.key)
-        _loop(state, job, fabric, progress)
-    return _finish(state, job)
+    record = _finished(job)
+    if record is None:
+        if not any(case.coordinates for case in job.cases):
+            raise TrainingError("training", f"no label in {len(job.cases)} training cases", "a class to learn")
+        fabric = _fabric(job.settings)
+        with _deterministic(job.settings.deterministic):
+            torch.manual_seed(job.settings.seed)
+            network = job.network()
+            state = State(network, build_optimiser(network, job.setup.training))
+            _loop(state, job, fabric, progress)
+        record = _finish(state, job)
+    (job.folder / CHECKPOINT).unlink(missing_ok=True)
+    return record
 
 
 def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
@@ -177,23 +182,26 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
     setup, training = job.setup, job.setup.training
     budget = Budget.of(job.settings, setup, len(job.cases))
     network, optimiser = fabric.setup(state.network, state.optimiser)
-    state.average = {name: tensor.to(fabric.device) for name, tensor in state.average.items()}
+    if training.average:
+        state.average = {name: tensor.detach().clone() for name, tensor in state.network.state_dict().items()}
+    resume(state, job.folder / CHECKPOINT, job.key)  # now that all is on the device, where an optimiser loads its state
     levels = len(setup.network.features) - 1 if setup.network.deep_supervision else 1
     loss_of = build_loss("dice_ce", batch=setup.batch_dice, ignore_index=job.plan.labels.ignore_index, levels=levels)
-    rates = [group["lr"] for group in optimiser.param_groups]
+    groups = state.optimiser.param_groups
+    rates = [group["lr"] for group in groups]
     start = time.monotonic() - state.seconds
     save_at = state.seconds + CHECKPOINT_SECONDS
     network.train()
     # On a CPU the network takes all cores; on a GPU threads draw the next batches meanwhile.
     workers = 0 if fabric.device.type == "cpu" else min(8, torch.get_num_threads())
     with (
-        _tensorboard(job.folder) as writer,
+        _tensorboard(job.folder, state.iteration) as writer,
         contextlib.closing(batches(job.cases, setup, job.settings.seed, state.iteration, workers)) as source,
     ):
-        while (done := budget.done(state.iteration, state.seconds)) < 1 and not _out_of_patience(state, job):
+        while (before := budget.done(state.iteration, state.seconds)) < 1 and not _out_of_patience(state, job):
             batch = next(source)
-            factor = learning_rate_factor(training, state.iteration, done)
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            factor = learning_rate_factor(training, state.iteration, before)
+            for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * factor
             loss = loss_of(network(batch.images.to(fabric.device)), batch.labels.to(fabric.device))
             state.losses.append(_finite(loss, state, batch))
@@ -205,22 +213,27 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
             state.iteration += 1
             state.seconds = time.monotonic() - start
             done = budget.done(state.iteration, state.seconds)
-            if done >= (len(state.rows) + 1) / LOG_ROWS:
-                look = len(state.rows) % (LOG_ROWS // VALIDATIONS) == LOG_ROWS // VALIDATIONS - 1
-                _add_row(state, job, rates[0] * factor, _validate(state, job, fabric.device) if look else None)
+            if _passes(before, done, LOG_ROWS):
+                look = _passes(before, done, VALIDATIONS)
+                _add_row(state, rates[0] * factor, _validate(state, job, budget, fabric.device) if look else None)
                 _write_log(state, job.folder, writer)
                 state.seconds = time.monotonic() - start
             progress("training", done, _note(state))
-            if state.seconds > save_at:
+            if state.seconds >= save_at:
                 save_checkpoint(state, job.folder / CHECKPOINT, job.key)
                 took = time.monotonic() - start - state.seconds
-                save_at = state.seconds + max(CHECKPOINT_SECONDS, 20 * took)
+                save_at = state.seconds + max(CHECKPOINT_SECONDS, CHECKPOINT_PAUSE * took)
+
+
+def _passes(before: float, done: float, parts: int) -> bool:
+    """Whether a step went past one of so many even parts of the budget; those passed while validating are left out."""
+    return math.floor(done * parts) > math.floor(before * parts)
 
 
 def validation_dice(
     network: nn.Module, plan: Plan, setup: Configuration, case: Case, prepared: PreparedCase, device: torch.device
 ) -> float | None:
-    """Mean Dice over the classes of one whole case at native spacing, by the path that prediction takes.
+    """Mean Dice over the classes (regions left out) of one whole case at native spacing, by the path of prediction.
 
     None where neither the reference nor the prediction has any class.
     """
@@ -230,31 +243,43 @@ def validation_dice(
     mask = restore(slabs([network], image, setup.patch_size, device=device), prepared.record.trace, plan.labels)
     reference = io.read_mask(case.label, plan.labels)
     scores = score_pair(mask, reference.array, reference.geometry, plan.labels, tolerance_mm=1.0, where=case.id)
-    dices = [score.dice for score in scores if score.dice is not None]
+    dices = [score.dice for score in scores[: len(plan.labels.values)] if score.dice is not None]
     return float(np.mean(dices)) if dices else None
 
 
-def _validate(state: State, job: Job, device: torch.device) -> float | None:
-    """Mean Dice of some whole cases with the weights that would be shipped."""
+def _validate(state: State, job: Job, budget: Budget, device: torch.device) -> float | None:
+    """Mean Dice of some whole cases with the weights that would be shipped.
+
+    Raises:
+        TrainingError: these are not finite.
+    """
+    weights = _shipped(state)
+    if not _all_finite(weights.values()):
+        raise TrainingError(f"step {state.iteration}", *_WEIGHTS_NOT_FINITE)
     network = job.network()
-    network.load_state_dict(_shipped(state))
+    network.load_state_dict(weights)
     network.to(device).eval()
-    dices = [
-        validation_dice(network, job.plan, job.setup, case, prepared, device)
-        for case, prepared in job.validation[:VALIDATION_CASES]
-    ]
+    allowed_s = math.inf if budget.seconds is None else budget.seconds * VALIDATION_SHARE / VALIDATIONS
+    start = time.monotonic()
+    dices: list[float | None] = []
+    for case, prepared in job.validation[:VALIDATION_CASES]:
+        if dices and time.monotonic() - start > allowed_s:
+            break
+        dices.append(validation_dice(network, job.plan, job.setup, case, prepared, device))
     known = [dice for dice in dices if dice is not None]
     dice = float(np.mean(known)) if known else None
     state.validations += 1
     if dice is not None and dice > state.best_dice:
         state.best_dice, state.best_validation = dice, state.validations
         if job.settings.patience:
-            state.best = {name: tensor.clone() for name, tensor in on_host(_shipped(state)).items()}
+            state.best = {name: tensor.clone() for name, tensor in on_host(weights).items()}
     return dice
 
 
 def _out_of_patience(state: State, job: Job) -> bool:
-    return bool(job.settings.patience) and state.validations - state.best_validation >= job.settings.patience
+    """Whether the Dice has not risen for long; never where none could be measured."""
+    patience = job.settings.patience
+    return 0 < patience <= state.validations - state.best_validation and state.best_validation > 0
 
 
 def _shipped(state: State) -> dict[str, Tensor]:
@@ -281,13 +306,17 @@ def _finite(loss: Tensor, state: State, batch: Batch) -> float:
     value = float(loss.detach())
     if math.isfinite(value):
         return value
+    cause, expected = "the forward pass overflowed", "a finite loss"
+    remedy = "train with --precision 32, or lower plan.learning_rate"
     if not batch.images.isfinite().all():
-        cause, remedy = "the images of the batch hold values that are not finite", "check the data"
-    elif not all(bool(p.isfinite().all()) for p in state.network.parameters()):
-        cause, remedy = "the weights are no longer finite", "lower plan.learning_rate"
-    else:
-        cause, remedy = "the forward pass overflowed", "train with --precision 32"
-    raise TrainingError(f"step {state.iteration}", f"the loss is {value}: {cause}", "a finite loss", remedy)
+        cause, expected, remedy = "the images of the batch are not finite", "finite images", "check the data"
+    elif not _all_finite(state.network.parameters()):
+        cause, expected, remedy = _WEIGHTS_NOT_FINITE
+    raise TrainingError(f"step {state.iteration}", f"the loss is {value}: {cause}", expected, remedy)
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 class FinishedFold(Record):
@@ -310,7 +339,6 @@ def _finish(state: State, job: Job) -> FoldRecord:
     )
     digest = digest_file(job.folder / WEIGHTS)
     FinishedFold(key=job.key, weights_digest=digest, record=record).save(job.folder / RESULT)
-    (job.folder / CHECKPOINT).unlink(missing_ok=True)
     return record
 
 
@@ -341,16 +369,19 @@ def _fabric(settings: TrainSettings) -> Fabric:
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """Deterministic kernels while the block runs, and the setting of before afterwards."""
+    """Deterministic kernels while the block runs, if they are wanted, and the setting of before afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses matrix products on CUDA
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def _add_row(state: State, job: Job, rate: float, dice: float | None) -> None:
+def _add_row(state: State, rate: float, dice: float | None) -> None:
     loss = float(np.mean(state.losses))
     row = {"iteration": state.iteration, "seconds": round(state.seconds, 1), "loss": loss}
     state.rows.append({**row, "learning_rate": rate, "dice": dice})
@@ -380,8 +411,8 @@ def _write_log(state: State, folder: Path, writer: Any) -> None:
 
 
 @contextlib.contextmanager
-def _tensorboard(folder: Path) -> Iterator[Any]:
-    """A TensorBoard writer where TensorBoard is installed, else None."""
+def _tensorboard(folder: Path, iteration: int) -> Iterator[Any]:
+    """A TensorBoard writer where that is installed, else None; what was written of later iterations is taken back."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TensorBoard's own dependencies
@@ -389,5 +420,5 @@ def _tensorboard(folder: Path) -> Iterator[Any]:
     except ImportError:
         yield None
         return
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1) as writer:
         yield writer
