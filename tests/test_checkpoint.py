@@ -127,7 +127,7 @@ def test_cut_short(content: bytes, share: float) -> None:
 
 
 def test_damage_is_said(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="medseg")
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(content[:-1])
     refused(path)

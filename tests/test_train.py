@@ -570,6 +570,6 @@ def test_the_average_moves_by_hand() -> None:
 def test_resume_says_where_it_goes_on(
     tiny_job: Job, saving: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="medseg")
     trained(chosen(tiny_job, iterations=3), tmp_path, 2)
     assert "training goes on from step 1" in caplog.text
