@@ -7,6 +7,7 @@ voxels exist: planes that no later tile touches are averaged and handed out at o
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
@@ -69,6 +70,12 @@ def tile_starts(size: int, patch: int, overlap: float) -> list[int]:
     step = max(patch * (1 - overlap), 1.0)
     count = int(np.ceil((size - patch) / step)) + 1
     return [round(n * (size - patch) / (count - 1)) for n in range(count)]
+
+
+def tile_count(shape: Sequence[int], patch_size: Sequence[int], overlap: float = 0.5) -> int:
+    """Tiles that ``slabs`` takes for an image of (D, H, W): a measure of its work."""
+    patch = (1, *patch_size) if len(patch_size) == 2 else patch_size
+    return math.prod(len(tile_starts(n, p, overlap)) for n, p in zip(shape, patch, strict=True))
 
 
 @lru_cache(maxsize=8)

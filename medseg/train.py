@@ -41,7 +41,7 @@ from medseg.plan import Configuration, Plan
 from medseg.preprocess import restore
 from medseg.progress import Progress, silent
 from medseg.records import Record, digest_file, digest_of, write_bytes, write_text
-from medseg.sliding_window import slabs
+from medseg.sliding_window import slabs, tile_count
 
 LOG_ROWS = 80
 """Rows of the log, evenly spread over the budget; fewer where there are fewer steps."""
@@ -50,7 +50,9 @@ VALIDATIONS = 8
 VALIDATION_CASES = 8
 """How many of them: enough to see a trend; all are scored after training."""
 VALIDATION_SHARE = 0.1
-"""Part of a budget in time that validation may take: it scores fewer cases then, but one at least."""
+"""Part of a training that validation may take: where cases are large it scores fewer of them."""
+VALIDATION_LIMIT = 0.5
+"""Part of the time between two looks that the first case may take: where it is larger, none is scored."""
 CHECKPOINT_SECONDS = 20.0
 """Time between checkpoints; more where that is less than ``CHECKPOINT_PAUSE`` times what writing one takes."""
 CHECKPOINT_PAUSE = 20.0
@@ -259,13 +261,10 @@ def _validate(state: State, job: Job, budget: Budget, device: torch.device) -> f
     network = job.network()
     network.load_state_dict(weights)
     network.to(device).eval()
-    allowed_s = math.inf if budget.seconds is None else budget.seconds * VALIDATION_SHARE / VALIDATIONS
-    start = time.monotonic()
-    dices: list[float | None] = []
-    for case, prepared in job.validation[:VALIDATION_CASES]:
-        if dices and time.monotonic() - start > allowed_s:
-            break
-        dices.append(validation_dice(network, job.plan, job.setup, case, prepared, device))
+    dices = [
+        validation_dice(network, job.plan, job.setup, case, prepared, device)
+        for case, prepared in _affordable(state, job, budget)
+    ]
     known = [dice for dice in dices if dice is not None]
     dice = float(np.mean(known)) if known else None
     state.validations += 1
@@ -274,6 +273,24 @@ def _validate(state: State, job: Job, budget: Budget, device: torch.device) -> f
         if job.settings.patience:
             state.best = {name: tensor.clone() for name, tensor in on_host(weights).items()}
     return dice
+
+
+def _affordable(state: State, job: Job, budget: Budget) -> list[tuple[Case, PreparedCase]]:
+    """The validation cases that this look can pay for, in steps of training; with patience always one at least.
+
+    A tile takes about a third of a training sample: it has no backward pass.
+    """
+    steps = budget.iterations or (budget.seconds or 0.0) * state.iteration / max(state.seconds, 1e-9)
+    left = VALIDATION_SHARE * steps / VALIDATIONS
+    chosen: list[tuple[Case, PreparedCase]] = []
+    for case, prepared in job.validation[:VALIDATION_CASES]:
+        cost = tile_count(prepared.indices.shape, job.setup.patch_size) / (3 * job.setup.batch_size)
+        first = not chosen and (job.settings.patience > 0 or cost <= VALIDATION_LIMIT * steps / VALIDATIONS)
+        if not first and cost > left:
+            break
+        chosen.append((case, prepared))
+        left -= cost
+    return chosen
 
 
 def _out_of_patience(state: State, job: Job) -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medseg.dataset import Dataset, check
+from medseg.check import check
+from medseg.dataset import Dataset
 from medseg.fingerprint import measure
 from medseg.phantom import make_dataset
 from medseg.planning import make_plan, override_plan

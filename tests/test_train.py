@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -304,20 +305,25 @@ def test_a_time_budget_ends_in_time_with_the_rate_at_zero(
     assert rates == pytest.approx([0.01 * (1 - n / 10) for n in range(1, 11)], abs=0.01 * 3 / 60), "a line to zero"
 
 
-def test_validation_does_not_eat_a_time_budget(tiny_job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    now = clock(monkeypatch)
-    cases = []
-
-    def slow(network: object, plan: object, setup: object, case: Any, *_: object) -> float:
-        now[0] += 30.0
-        cases.append(case.id)
-        return 0.5
-
-    monkeypatch.setattr(train, "validation_dice", slow)
-    record = train_fold(into(chosen(tiny_job, time_budget_s=80.0), tmp_path))
-    # 80 s * 0.1 / 8 is 1 s for a look: one case of 30 s and no second one.
-    assert set(cases) == {tiny_job.validation[0][0].id}
-    assert record.seconds <= 80 + 30 + 10
+@pytest.mark.parametrize(
+    ("budget", "patience", "expected"),
+    [
+        (Budget(800, None), 0, 1),  # 800 steps * 0.1 / 8 looks = 10 steps a look: one case of 10
+        (Budget(1600, None), 0, 2),
+        (Budget(None, 400.0), 0, 1),  # at 0.5 s a step that is 800 steps
+        (Budget(400, None), 0, 1),  # 5 steps are not enough, but 10 are less than half of the 50 between two looks
+        (Budget(100, None), 0, 0),
+        (Budget(100, None), 3, 1),  # patience has to see something
+    ],
+)
+def test_validation_takes_its_share_and_no_more(
+    tiny_job: Job, monkeypatch: pytest.MonkeyPatch, budget: Budget, patience: int, expected: int
+) -> None:
+    monkeypatch.setattr(train, "tile_count", lambda *_: 60)  # of a third of a sample each: 10 steps of batch 2
+    two = [*tiny_job.validation, *tiny_job.validation][:2]
+    job = replace(chosen(tiny_job, iterations=4, patience=patience), validation=two)
+    state = train.State(torch.nn.Identity(), torch.optim.SGD([torch.zeros(1)]), iteration=100, seconds=50.0)
+    assert len(train._affordable(state, job, budget)) == expected
 
 
 def test_a_time_budget_goes_on_where_it_stopped(
@@ -366,6 +372,7 @@ def test_patience_stops_and_ships_the_best(
 def test_without_patience_the_last_weights_are_shipped(
     tiny_job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(train, "VALIDATION_LIMIT", math.inf)
     seen = scripted(monkeypatch, [0.3, 0.9, 0.4, 0.1])
     train_fold(into(chosen(tiny_job, iterations=4), tmp_path))
     shipped = safetensors.torch.load_file(tmp_path / WEIGHTS)
@@ -467,7 +474,10 @@ def test_without_tensorboard(tiny_job: Job, monkeypatch: pytest.MonkeyPatch, tmp
     assert len(rows(tmp_path)) == 6
 
 
-def test_progress_and_log(tiny_job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_and_log(
+    tiny_job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "VALIDATION_LIMIT", math.inf)
     told: list[tuple[str, float, str]] = []
     train_fold(into(tiny_job, tmp_path), lambda *news: told.append(news))
     assert [fraction for _, fraction, _ in told] == pytest.approx([n / 6 for n in range(1, 7)])
