@@ -1,6 +1,6 @@
 """Draw docs/picture.png, the picture of the README, from what ``medseg demo`` wrote.
 
-    medseg demo -o medseg-demo && python docs/picture.py medseg-demo docs/picture.png
+medseg demo -o medseg-demo && python docs/picture.py medseg-demo docs/picture.png
 """
 
 from __future__ import annotations

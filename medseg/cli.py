@@ -506,6 +506,9 @@ def evaluate(
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for scores.csv and evaluation.json.")
     ],
     tolerance_mm: Tolerance = 1.0,
+    only_predicted: Annotated[
+        bool, typer.Option("--only-predicted", help="Leave out references without a mask: they count as 0 otherwise.")
+    ] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -517,7 +520,9 @@ def evaluate(
     from medseg.evaluate import evaluate_folders
 
     with _Show(quiet) as show:
-        result = evaluate_folders(predictions, references, tolerance_mm=tolerance_mm, progress=show)
+        result = evaluate_folders(
+            predictions, references, tolerance_mm=tolerance_mm, only_predicted=only_predicted, progress=show
+        )
     result.save(out / "evaluation.json")
     result.save_csv(out / "scores.csv")
     _print_scores(result)
@@ -570,7 +575,7 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
 @_command
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.")] = Path("medseg-demo"),
-    time_budget: TimeBudget = "60s",
+    time_budget: TimeBudget = "70s",
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:

@@ -139,6 +139,7 @@ def evaluate_folders(
     labels: Labels | None = None,
     tolerance_mm: float = DEFAULT_TOLERANCE_MM,
     cases: Sequence[str] | None = None,
+    only_predicted: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
     """Score predictions against references with the same file names (endings aside).
@@ -151,6 +152,7 @@ def evaluate_folders(
             references hold.
         tolerance_mm: of NSD.
         cases: ids to score; all that have a reference otherwise.
+        only_predicted: score only cases that have a prediction, as those of one fold; the others are no failures then.
         progress: called after each case.
 
     Raises:
@@ -164,6 +166,8 @@ def evaluate_folders(
             predicted = dict(zip(found, predicted.values(), strict=True))
         cases = cases or list(predicted)
     wanted = sorted(found) if cases is None else list(dict.fromkeys(cases))
+    if only_predicted:
+        wanted = [case for case in wanted if case in predicted] or wanted
     if absent := [case for case in wanted if case not in found]:
         raise InputError(references, f"has no reference for {', '.join(absent[:10])}", "a mask of the same name")
     if not set(wanted) & set(predicted):

@@ -9,7 +9,6 @@ import torch
 from monai.losses import DeepSupervisionLoss, DiceLoss
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class DiceCrossEntropy(nn.Module):
@@ -30,18 +29,17 @@ class DiceCrossEntropy(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch."""
-        logits = logits.float()
-        target = labels[:, 0].long()
-        entropy = F.cross_entropy(logits, target, ignore_index=-100 if self.ignore_index is None else self.ignore_index)
-        probabilities = torch.softmax(logits, dim=1)
-        if self.ignore_index is None:
-            dice: Tensor = self.dice(probabilities, one_hot(labels.long(), logits.shape[1]))
-            return entropy + dice
-        valid = labels != self.ignore_index
-        if not valid.any():  # cross-entropy over no voxel is NaN
-            return 0.0 * logits.sum()
-        hot = one_hot(torch.where(valid, labels, 0).long(), logits.shape[1])
-        dice = self.dice(probabilities * valid, hot * valid)
+        logs = torch.log_softmax(logits.float(), dim=1)
+        valid = None if self.ignore_index is None else labels != self.ignore_index
+        indices = labels if valid is None else torch.where(valid, labels, 0)
+        target = one_hot(indices.long(), logs.shape[1])
+        probabilities = logs.exp()
+        if valid is not None:
+            target, probabilities = target * valid, probabilities * valid
+        # Not torch's cross_entropy: its backward pass on a GPU is not deterministic for volumes.
+        counted = labels.numel() if valid is None else valid.sum().clamp(min=1)  # no voxel counts: a loss of 0
+        entropy = -(target * logs).sum() / counted
+        dice: Tensor = self.dice(probabilities, target)
         return entropy + dice
 
 

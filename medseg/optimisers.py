@@ -105,7 +105,7 @@ def build_optimiser(network: nn.Module, plan: TrainingPlan) -> Optimizer:
     parameters = dict(network.named_parameters())
     rate, momentum, decay = plan.learning_rate, plan.momentum, plan.weight_decay
     if plan.optimiser == "sgd":
-        return SGD(parameters.values(), rate, momentum, weight_decay=decay, nesterov=True)
+        return SGD(parameters.values(), rate, momentum, weight_decay=decay, nesterov=momentum > 0)
     if plan.optimiser == "adamw":
         return AdamW(parameters.values(), rate, (momentum, 0.99), weight_decay=decay)
     first = next(iter(parameters))

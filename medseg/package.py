@@ -21,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from medseg.errors import PackageError, PlanError
+from medseg.errors import InputError, PackageError, PlanError
 from medseg.networks import build_network
 from medseg.plan import Configuration, ConfigurationName, Plan
 from medseg.records import Record, digest_of, replacing, write_bytes, write_text
@@ -83,7 +83,12 @@ class ModelPackage:
     manifest: Manifest
     plan: Plan
     weights: Mapping[int, Mapping[str, Tensor]]
-    digest: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what decides the masks: configuration, plan and the weights that are here."""
+        names = [self.manifest.plan, *(self.manifest.folds[fold].weights for fold in sorted(self.weights))]
+        return digest_of([self.manifest.configuration, *(self.manifest.files[name] for name in names)])
 
     @property
     def configuration(self) -> Configuration:
@@ -98,7 +103,7 @@ class ModelPackage:
         """
         if fold not in self.weights:
             raise PackageError(self.manifest.name, f"has no fold {fold}", " or ".join(map(str, sorted(self.weights))))
-        return replace(self, weights={fold: self.weights[fold]}, digest=digest_of([self.digest, fold]))
+        return replace(self, weights={fold: self.weights[fold]})
 
     def networks(self) -> list[nn.Module]:
         """One network a fold, with its weights, in evaluation mode.
@@ -129,22 +134,24 @@ def save_package(
     """Write a package; ``weights`` are safetensors files as bytes, one fold at least.
 
     The manifest comes last: until then a package that was in the folder before stays valid, and a crash leaves it so.
+    A Dice that was noted for the same weights is kept.
     """
     contents: dict[str, bytes] = {}
+    noted = _noted_dice(folder)
 
     def add(stem: str, suffix: str, content: bytes) -> str:
         name = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}{suffix}"
         contents[name] = content
         return name
 
+    def place(fold: int, file: str) -> FoldRecord:
+        return folds[fold].model_copy(update={"weights": file, "dice": noted.get(file)})
+
     manifest = Manifest(
         name=name,
         configuration=configuration,
         plan=add("plan", ".json", _plan_bytes(plan)),
-        folds={
-            fold: folds[fold].model_copy(update={"weights": add(f"fold_{fold}", ".safetensors", content)})
-            for fold, content in weights.items()
-        },
+        folds={fold: place(fold, add(f"fold_{fold}", ".safetensors", content)) for fold, content in weights.items()},
         files={file: hashlib.sha256(content).hexdigest() for file, content in contents.items()},
         versions=dict(versions),
     )
@@ -158,6 +165,26 @@ def save_package(
     return manifest
 
 
+def note_dice(folder: Path, dice: Mapping[int, float | None]) -> None:
+    """Write the mean Dice of folds on their held-out cases into the manifest and the card of a package folder."""
+    manifest, plan, _ = _read(folder)
+    folds = {
+        fold: record.model_copy(update={"dice": dice.get(fold, record.dice)}) for fold, record in manifest.folds.items()
+    }
+    if folds != manifest.folds:
+        manifest = manifest.model_copy(update={"folds": folds})
+        manifest.save(folder / MANIFEST)
+        write_text(folder / CARD, _card(manifest, plan))
+
+
+def _noted_dice(folder: Path) -> dict[str, float | None]:
+    """Dice by weight file of the package that is in a folder; none where there is no sound one."""
+    try:
+        return {record.weights: record.dice for record in Manifest.load(folder / MANIFEST).folds.values()}
+    except InputError:
+        return {}
+
+
 def load_package(path: Path) -> ModelPackage:
     """Load a package from a folder or a zip, verifying the digest of every file that is read.
 
@@ -166,9 +193,8 @@ def load_package(path: Path) -> ModelPackage:
             weights hold values that are not finite.
     """
     manifest, plan, contents = _read(path)
-    digest = hashlib.sha256(contents[MANIFEST]).hexdigest()
     weights = {fold: _tensors(contents[record.weights], record.weights) for fold, record in manifest.folds.items()}
-    return ModelPackage(manifest, plan, weights, digest)
+    return ModelPackage(manifest, plan, weights)
 
 
 def zip_package(folder: Path, target: Path) -> None:

@@ -92,6 +92,8 @@ def prepare_cases(
 ) -> list[PreparedCase]:
     """Prepare every labelled case of a dataset into ``folder``; cases that are there and sound are kept.
 
+    Everything else in the folder, prepared from other data or by another plan, is deleted: it can be large.
+
     Raises:
         DatasetError: lists every case that could not be prepared, with its reason.
     """
@@ -106,6 +108,9 @@ def prepare_cases(
         raise DatasetError(
             dataset.name, "cases that cannot be prepared:\n  " + "\n  ".join(failed), "", "leave them out"
         )
+    files = {path for case in prepared for path in _files_of(case.stem)}
+    for outdated in set(folder.iterdir()) - files:
+        outdated.unlink()
     return prepared
 
 
@@ -280,6 +285,10 @@ def _find(stem: Path) -> PreparedCase | None:
     except (InputError, OSError):
         return None
     return PreparedCase(stem, record) if sound else None
+
+
+def _files_of(stem: Path) -> list[Path]:
+    return [_record_path(stem), *(_array_path(stem, part) for part in _ARRAYS)]
 
 
 def _array_path(stem: Path, part: str) -> Path:

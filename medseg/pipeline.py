@@ -14,6 +14,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import medseg
@@ -23,7 +24,7 @@ from medseg.engines import choose_device
 from medseg.errors import DatasetError, InputError, MedsegError
 from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, Pair, evaluate_cases
 from medseg.fingerprint import Fingerprint, measure
-from medseg.package import FoldRecord, load_package, save_package
+from medseg.package import FoldRecord, load_package, note_dice, save_package
 from medseg.patches import prepare_cases
 from medseg.plan import ConfigurationName, Plan
 from medseg.planning import make_plan, override_plan
@@ -100,15 +101,17 @@ def run(
     """
     out = Path(out)
     settings = train or TrainSettings()
+    choose_device(settings.device)  # refused now rather than after checking gigabytes
+    data = Dataset.open(Path(dataset))
+    scored = _with_regions(data.labels, regions or {})
     with writing_to(out):
-        data = Dataset.open(Path(dataset))
-        scored = _with_regions(data.labels, regions or {})
         data, skipped = check_station(data, out, skip_bad_cases, progress)
         plan = plan_station(data, out, settings.device, memory_budget_mb, configuration, overrides, progress)
         chosen = chosen_folds(data, folds, out)
         records = train_station(data, plan, configuration, chosen, out, settings, progress)
         pairs = _predict_station(data, chosen, out, PredictSettings(device=settings.device, mirror=mirror), progress)
         evaluation = _evaluate_station(pairs, scored, tolerance_mm, out, progress)
+        note_dice(out / "package", {number: _fold_dice(evaluation, fold) for number, fold in chosen.items()})
         return _write_results(data, evaluation, skipped, chosen, records, out)
 
 
@@ -159,8 +162,11 @@ def plan_station(
     for message in messages:
         log.warning("plan: %s", message)
     plan.configuration(configuration)
-    if _written_plan(out / "plan.json") != plan:
-        plan.save(out / "plan.json")
+    path = out / "plan.json"
+    if _written_plan(path) != plan:
+        if _is_edited(path):
+            log.warning("plan.json was edited by hand and is made anew: use --set, or `medseg train`, which takes it")
+        _keep(path, plan, plan.digest())
         for field, reason in plan.reasons.items():
             log.info("plan: %s: %s", field, reason)
     return plan
@@ -172,6 +178,14 @@ def _written_plan(path: Path) -> Plan | None:
         return Plan.load(path)
     except InputError:
         return None
+
+
+def _is_edited(path: Path) -> bool:
+    """Whether a record that a station wrote is no longer as it was written."""
+    try:
+        return read_json(_mark(path)).get("digest") != digest_file(path)
+    except (InputError, OSError):
+        return False
 
 
 def _with_regions(labels: Labels, regions: Mapping[str, tuple[int, ...]]) -> Labels:
@@ -247,6 +261,17 @@ def _evaluate_station(
     return kept or _keep(path, evaluate_cases(pairs, labels, tolerance_mm, progress), key)
 
 
+def _fold_dice(evaluation: Evaluation, fold: Fold) -> float | None:
+    """Mean over a fold's held-out cases and the classes; None where nothing could be scored."""
+    held_out = set(fold.validation)
+    classes = len(evaluation.labels.values)
+    cases = [case.scores[:classes] for case in evaluation.cases if case.case in held_out]
+    means = [
+        fmean(known) for scores in zip(*cases, strict=True) if (known := [s.dice for s in scores if s.dice is not None])
+    ]
+    return round(fmean(means), 4) if means else None
+
+
 def _label(case: Case) -> Path:
     if case.label is None:
         raise InputError(case.id, "has no label file", "a labelled case")
@@ -299,17 +324,22 @@ def chosen_folds(data: Dataset, wanted: Sequence[int] | None, out: Path) -> dict
     return {number: all_folds[number] for number in numbers}
 
 
+def _mark(path: Path) -> Path:
+    """The file beside a station's record that says what it was made from."""
+    return path.with_suffix(".key.json")
+
+
 def _keep(path: Path, record: Any, key: str) -> Any:
     """Save a station's record, and the digest of what it was made from beside it."""
     record.save(path)
-    write_json(path.with_suffix(".key.json"), {"key": key, "digest": digest_file(path)})
+    write_json(_mark(path), {"key": key, "digest": digest_file(path)})
     return record
 
 
 def _kept(path: Path, kind: type[Record], key: str) -> Any:
     """A station's record if it is there, unharmed, and made from the same inputs; else None."""
     try:
-        mark = read_json(path.with_suffix(".key.json"))
+        mark = read_json(_mark(path))
         if mark.get("key") == key and mark.get("digest") == digest_file(path):
             return kind.load(path)
     except (InputError, OSError):

@@ -593,7 +593,7 @@ class _Planner:
     def _why_batch(self, design: _Design, usual: _Design) -> str:
         if self.profile.batch_voxels:
             return (
-                f"{design.batch} on a CPU: small steps of about {self.profile.batch_voxels:,} voxels, and many of them. "
+                f"{design.batch} on a CPU: small steps of {self.profile.batch_voxels:,} voxels, and many of them. "
                 f"nnU-Net's rule for a GPU gives {usual.batch}."
             )
         return (

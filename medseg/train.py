@@ -220,7 +220,7 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
                 _add_row(state, rates[0] * factor, _validate(state, job, budget, fabric.device) if look else None)
                 _write_log(state, job.folder, writer)
                 state.seconds = time.monotonic() - start
-            progress("training", done, _note(state))
+            progress("training", budget.done(state.iteration, state.seconds), _note(state))
             if state.seconds >= save_at:
                 save_checkpoint(state, job.folder / CHECKPOINT, job.key)
                 took = time.monotonic() - start - state.seconds

@@ -356,7 +356,7 @@ def test_demo_is_the_journey_on_made_up_data(tmp_path: Path, monkeypatch: Any) -
     ((dataset, out, choices),) = calls
     assert (dataset / "dataset.json").exists()
     assert out == tmp_path / "run"
-    assert choices["train"].time_budget_s == 60
+    assert choices["train"].time_budget_s == 70
 
 
 def test_a_script_of_a_task_is_a_command(tiny_overrides: tuple[str, ...], tmp_path: Path, capfd: Any) -> None:

@@ -251,3 +251,13 @@ def test_record_and_table_are_kept(folders: tuple[Path, Path], tmp_path: Path) -
     assert float(rows[3]["hd95_mm"]) == pytest.approx(DIAGONAL)
     assert {row["tolerance_mm"] for row in rows} == {"2.5"}
     assert rows[8]["reason"].endswith("(expected a mask)")
+
+
+def test_only_predicted_leaves_out_what_was_not_asked_for(tmp_path: Path) -> None:
+    cube = mask((1, (slice(2, 4),) * 3))
+    for name in ("predictions/a", "references/a", "references/b"):
+        write_mask(Mask(cube, Geometry(SHAPE, np.eye(4))), tmp_path / f"{name}.nii.gz")
+    both = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    one = evaluate_folders(tmp_path / "predictions", tmp_path / "references", only_predicted=True)
+    assert (both.mean.dice, both.classes[0].n_failed) == (0.5, 1)  # the missing one counts as 0
+    assert (one.mean.dice, one.classes[0].n, one.classes[0].n_failed) == (1.0, 1, 0)

@@ -91,7 +91,6 @@ def test_what_goes_in_comes_out(folder: Path) -> None:
         expected = weights_of(plan_of(), fold)
         assert all(torch.equal(loaded.weights[fold][name], tensor) for name, tensor in expected.items())
         assert loaded.manifest.folds[fold].model_copy(update={"weights": ""}) == FOLD
-    assert loaded.digest == digest_file(folder / "package.json")
     assert set(loaded.manifest.files) == {p.name for p in folder.iterdir()} - {"package.json", "README.md"}
 
 

@@ -89,7 +89,7 @@ def untrained(package: ModelPackage, **changes: Any) -> Predictor:
     plan = package.plan.model_copy(update=changes)
     torch.manual_seed(0)
     weights = build_network(package.configuration, len(plan.channels), plan.labels.count).state_dict()
-    return Predictor(replace(package, plan=plan, weights={0: weights}, digest="untrained"), PredictSettings())
+    return Predictor(replace(package, plan=plan, weights={0: weights}), PredictSettings())
 
 
 @pytest.fixture
@@ -523,7 +523,9 @@ def test_other_settings_and_models_do_it_again(
     out = tmp_path / "out"
     cases = find_cases(images)[:1]
     mirrored = Predictor(package, PredictSettings(device="cpu", mirror=True))
-    another = Predictor(replace(package, digest="another"), predictor.settings)
+    files = dict.fromkeys(package.manifest.files, "0" * 64)
+    manifest = package.manifest.model_copy(update={"files": files})
+    another = Predictor(replace(package, manifest=manifest), predictor.settings)
     on_auto = Predictor(package, PredictSettings(device="auto"))
     found = [predict_cases(model, cases, out)[0].status for model in (predictor, mirrored, another, predictor, on_auto)]
     assert found == ["done", "done", "done", "done", "kept"]  # the device changes nothing that matters
