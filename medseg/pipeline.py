@@ -111,7 +111,9 @@ def run(
         records = train_station(data, plan, configuration, chosen, out, settings, progress)
         pairs = _predict_station(data, chosen, out, PredictSettings(device=settings.device, mirror=mirror), progress)
         evaluation = _evaluate_station(pairs, scored, tolerance_mm, out, progress)
-        note_dice(out / "package", {number: _fold_dice(evaluation, fold) for number, fold in chosen.items()})
+        dice = {number: _fold_dice(evaluation, fold) for number, fold in chosen.items()}
+        note_dice(out / "package", dice)
+        records = {n: record.model_copy(update={"dice": dice[n]}) for n, record in records.items()}
         return _write_results(data, evaluation, skipped, chosen, records, out)
 
 

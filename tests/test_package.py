@@ -16,7 +16,7 @@ from torch import Tensor
 from medseg import package
 from medseg.errors import PackageError
 from medseg.networks import build_network
-from medseg.package import FoldRecord, Manifest, ModelPackage, load_package, save_package, zip_package
+from medseg.package import FoldRecord, Manifest, ModelPackage, load_package, note_dice, save_package, zip_package
 from medseg.plan import Configuration, NetworkPlan, Normalisation, Plan, TrainingPlan
 from medseg.records import digest_file
 from medseg.volume import Labels
@@ -104,6 +104,20 @@ def test_networks_are_ready_to_predict(folder: Path) -> None:
         (alone,) = (network(x) for network in loaded.only(1).networks())
     assert not torch.equal(first, second)
     assert torch.equal(second, alone)
+
+
+def test_a_noted_dice_stays_with_its_weights(folder: Path) -> None:
+    before = load_package(folder)
+    note_dice(folder, {1: 0.875})
+    noted = load_package(folder)
+    assert [noted.manifest.folds[fold].dice for fold in (0, 1)] == [None, 0.875]
+    assert "| not measured |" in (folder / "README.md").read_text()
+    assert "| 0.8750 |" in (folder / "README.md").read_text()
+    assert noted.digest == before.digest  # it is the same model
+    write(folder, seeds=(1,))
+    assert load_package(folder).manifest.folds[1].dice == 0.875
+    write(folder, seeds=(1,), **{"heads.0.bias": torch.ones(2)})
+    assert load_package(folder).manifest.folds[1].dice is None
 
 
 def test_one_fold_alone_is_another_model(folder: Path) -> None:

@@ -239,6 +239,17 @@ def test_progress_is_told(case: Case, tmp_path: Path) -> None:
     assert told == [("preparing for 3d_fullres", 0.5), ("preparing for 3d_fullres", 1.0)]
 
 
+def test_what_was_prepared_from_other_data_goes(case: Case, tmp_path: Path) -> None:
+    dataset = Dataset("test", tmp_path, ("MR",), LABELS, (case,))
+    folder = tmp_path / "cache"
+    prepare_cases(dataset, plan_of(configuration()), "3d_fullres", folder)
+    old = {path.name for path in folder.iterdir()}
+    prepare_cases(dataset, plan_of(configuration(), "none"), "3d_fullres", folder)
+    new = {path.name for path in folder.iterdir()}
+    assert len(old) == len(new) == 4  # a record and three arrays
+    assert not old & new
+
+
 # Patches
 
 

@@ -121,6 +121,20 @@ def test_everything_is_there(tiny_run: RunResult) -> None:
     assert "not a medical device" in (out / "summary.md").read_text()
     assert "plan: configurations.3d_fullres.patch_size: Set by hand" in (out / "log.txt").read_text()
     assert not leftovers(out)
+    dice = record["folds"]["0"]["dice"]
+    assert dice == pytest.approx(record["mean"]["dice"], abs=1e-4), "one fold: the same mean"
+    assert f"| {dice:.4f} |" in (out / "package" / "README.md").read_text()
+
+
+def test_a_plan_edited_by_hand_is_not_replaced_unsaid(
+    phantom_dataset: Path, done: Path, tiny_overrides: tuple[str, ...]
+) -> None:
+    path = done / "plan.json"
+    before = path.read_text()
+    path.write_text(before.replace('"batch_size": 2', '"batch_size": 7'))
+    run(phantom_dataset, done, train=SETTINGS, overrides=tiny_overrides)
+    assert "plan.json was edited by hand and is made anew" in (done / "log.txt").read_text()
+    assert path.read_text() == before
 
 
 def test_masks_lie_on_their_images(tiny_run: RunResult, phantom_dataset: Path) -> None:
