@@ -360,6 +360,7 @@ def check(
     epilog=_examples(
         "medseg plan Task04_Hippocampus -o hippocampus",
         "medseg plan Task04_Hippocampus -o hippocampus --set plan.batch_size=4",
+        "medseg plan Task04_Hippocampus -o for-a-gpu --device cuda --memory-budget 24GB",
     )
 )
 @_command
@@ -367,7 +368,7 @@ def plan(
     dataset: DatasetArgument,
     out: Out = None,
     configuration: Configuration = "3d_fullres",
-    device: Device = "auto",
+    device: Annotated[str, typer.Option(help="What to plan for: auto, cpu or cuda, also on another machine.")] = "auto",
     memory_budget: MemoryBudget = "8GB",
     overrides: Overrides = [],  # noqa: B006 - Typer needs a list, and copies it
     skip_bad_cases: SkipBadCases = False,

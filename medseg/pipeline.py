@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import logging
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,11 +155,25 @@ def plan_station(
     overrides: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Plan:
-    """Measure the fingerprint and make the plan, each with its reason; ``fingerprint.json`` and ``plan.json``."""
+    """Measure the fingerprint and make the plan, each with its reason; ``fingerprint.json`` and ``plan.json``.
+
+    Args:
+        data: sound cases.
+        out: where both are written.
+        device: ``cuda`` asks for a GPU's plan (nnU-Net's rules) on any machine, ``auto`` takes the one that is here.
+        memory_budget_mb: what a training step may take.
+        configuration: that short ``overrides`` apply to.
+        overrides: plan settings.
+        progress: told how far the measuring is.
+
+    Raises:
+        PlanError: an impossible setting, or no such configuration.
+        InputError: no device has this name.
+    """
     key = digest_of(["fingerprint", medseg.__version__, data.digest()])
     path = out / "fingerprint.json"
     fingerprint = _kept(path, Fingerprint, key) or _keep(path, measure(data, progress), key)
-    kind: Literal["cpu", "gpu"] = "cpu" if choose_device(device).type == "cpu" else "gpu"
+    kind = _kind_of(device)
     plan = make_plan(fingerprint, data.name, data.channels, data.labels, device=kind, memory_budget_mb=memory_budget_mb)
     plan, messages = override_plan(plan, overrides, configuration)
     for message in messages:
@@ -172,6 +187,14 @@ def plan_station(
         for field, reason in plan.reasons.items():
             log.info("plan: %s: %s", field, reason)
     return plan
+
+
+def _kind_of(device: str) -> Literal["cpu", "gpu"]:
+    """What a plan is for. A device that is named need not be here: one may plan for another machine."""
+    name = choose_device("auto").type if device == "auto" else device
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise InputError("--device", f"{device!r} is no device", "auto, cpu, cuda, cuda:1 or mps")
+    return "cpu" if name == "cpu" else "gpu"
 
 
 def _written_plan(path: Path) -> Plan | None:

@@ -25,8 +25,9 @@ import safetensors.torch
 from PIL import Image
 
 from medseg import patches, pipeline, records, train
+from medseg.dataset import Dataset
 from medseg.errors import DatasetError, InputError, MedsegError, PlanError
-from medseg.pipeline import RunResult, run
+from medseg.pipeline import RunResult, plan_station, run
 from medseg.records import TEMPORARY_PREFIX
 from medseg.train import TrainSettings
 
@@ -124,6 +125,17 @@ def test_everything_is_there(tiny_run: RunResult) -> None:
     dice = record["folds"]["0"]["dice"]
     assert dice == pytest.approx(record["mean"]["dice"], abs=1e-4), "one fold: the same mean"
     assert f"| {dice:.4f} |" in (out / "package" / "README.md").read_text()
+
+
+def test_a_plan_for_another_machine(phantom_dataset: Path, tmp_path: Path) -> None:
+    data = Dataset.open(phantom_dataset)
+    plans = {device: plan_station(data, tmp_path, device) for device in ("auto", "cpu", "cuda", "cuda:1", "mps")}
+    assert {name: plan.device for name, plan in plans.items()} | {"auto": ""} == {
+        "auto": "", "cpu": "cpu", "cuda": "gpu", "cuda:1": "gpu", "mps": "gpu"
+    }  # fmt: skip
+    assert plans["cuda"].configurations["3d_fullres"].network.features[0] == 32
+    with pytest.raises(InputError, match="'tpu' is no device"):
+        plan_station(data, tmp_path, "tpu")
 
 
 def test_a_plan_edited_by_hand_is_not_replaced_unsaid(
