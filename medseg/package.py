@@ -295,6 +295,8 @@ def _plan_bytes(plan: Plan) -> bytes:
 def _card(manifest: Manifest, plan: Plan) -> str:
     """The model card: what it is, on what it was trained, how well it did, what it is not for."""
     setup = plan.configuration(manifest.configuration)
+    spacing = " x ".join("own" if mm is None else f"{mm:.3g}" for mm in setup.spacing_mm)
+    patch = " x ".join(map(str, setup.patch_size))
     lines = [
         f"# {manifest.name}",
         "",
@@ -302,7 +304,7 @@ def _card(manifest: Manifest, plan: Plan) -> str:
         "",
         f"- Segments: {', '.join(plan.labels.names)}",
         f"- Input channels: {', '.join(plan.channels)}",
-        f"- Configuration: {manifest.configuration}, voxels of {setup.spacing_mm} mm, patches of {setup.patch_size}",
+        f"- Configuration: {manifest.configuration}, voxels of {spacing} mm, patches of {patch}",
         f"- Network: {setup.network.name} with {setup.network.features} features",
         f"- Licence of the weights: {manifest.licence}",
         "",

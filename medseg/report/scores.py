@@ -25,7 +25,7 @@ def score_table(evaluation: Evaluation) -> list[tuple[str, ...]]:
 def markdown_summary(evaluation: Evaluation) -> str:
     """The scores as Markdown: the table, what it means, and every case that failed or could not be scored."""
     heading, *rows = score_table(evaluation)
-    lines = ["# Scores", "", _line(heading), _line(["---"] * len(heading)), *(_line(row) for row in rows), ""]
+    lines = ["## Scores", "", _line(heading), _line(["---"] * len(heading)), *(_line(row) for row in rows), ""]
     lines += [
         f"{len(evaluation.cases)} cases. Averaged: {evaluation.order}. Cases in which prediction and reference are "
         "both empty are left out of a class's mean; a missed or wrongly found class and a failed case count as Dice 0, "
