@@ -320,7 +320,14 @@ def _write_results(
         "log": out / "log.txt",
     }
     evaluation.save_csv(paths["scores"])
-    lines = [f"# {data.name}", "", NOTICE, "", f"Held-out cases of fold {', '.join(map(str, chosen))}.", ""]
+    lines = [
+        f"# {data.name}",
+        "",
+        NOTICE,
+        "",
+        f"Held-out cases of fold{'s' * (len(chosen) > 1)} {', '.join(map(str, chosen))}.",
+        "",
+    ]
     if skipped:
         lines += [f"Left out as unusable ({len(skipped)}): {', '.join(skipped)}. See check.json.", ""]
     write_text(paths["summary"], "\n".join([*lines, markdown_summary(evaluation)]))
