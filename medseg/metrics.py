@@ -127,7 +127,7 @@ def score_failure(
     Raises:
         InputError: the reference has a value without a name.
     """
-    indices = _indices(reference, labels, where)
+    indices = labels.to_indices(reference, where)
     counts = _histogram(indices, np.zeros_like(indices), labels.count + 1)[:, 0]
     return tuple(
         ClassScore(
@@ -161,8 +161,8 @@ class _Pair:
     def of(
         cls, prediction: NDArray[Any], reference: NDArray[Any], geometry: Geometry, labels: Labels, where: object
     ) -> _Pair:
-        r = _indices(reference, labels, f"reference of {where}")
-        p = _indices(prediction, labels, where)
+        r = labels.to_indices(reference, f"reference of {where}")
+        p = labels.to_indices(prediction, where)
         if labels.ignore_index is not None:
             p[(p == labels.ignore_index) | (r == labels.ignore_index)] = 0
             r[r == labels.ignore_index] = 0
@@ -190,22 +190,6 @@ def _structures(labels: Labels) -> dict[str, tuple[int, ...]]:
     index = {labels.values[name]: n for n, name in enumerate(labels.names, start=1)}
     regions = {name: tuple({index[value] for value in values}) for name, values in labels.regions.items()}
     return {**{name: (n,) for n, name in enumerate(labels.names, start=1)}, **regions}
-
-
-def _indices(array: NDArray[Any], labels: Labels, where: object) -> NDArray[np.uint8]:
-    """As ``Labels.to_indices``, by table where the values are small: eight times faster."""
-    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-    values = [0, *(labels.values[name] for name in labels.names)]
-    if labels.ignore is not None:
-        values.append(labels.ignore)
-    if low < 0 or high > 65535 or len(values) > 255:
-        return labels.to_indices(array, where)
-    table = np.full(high + 1, 255, dtype=np.uint8)
-    for index, value in enumerate(values):
-        if 0 <= value <= high:
-            table[value] = index
-    result: NDArray[np.uint8] = table[array]
-    return labels.to_indices(array, where) if result.max(initial=0) == 255 else result
 
 
 def _score(pair: _Pair, name: str, members: tuple[int, ...], tolerance_mm: float) -> ClassScore:

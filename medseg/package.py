@@ -150,7 +150,7 @@ def save_package(
     manifest = Manifest(
         name=name,
         configuration=configuration,
-        plan=add("plan", ".json", _plan_bytes(plan)),
+        plan=add("plan", ".json", plan.as_json().encode()),
         folds={fold: place(fold, add(f"fold_{fold}", ".safetensors", content)) for fold, content in weights.items()},
         files={file: hashlib.sha256(content).hexdigest() for file, content in contents.items()},
         versions=dict(versions),
@@ -284,12 +284,6 @@ def _tensors(content: bytes, name: str) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise PackageError(name, f"weights {key} are not finite", "finite numbers", "train again")
     return tensors
-
-
-def _plan_bytes(plan: Plan) -> bytes:
-    return (
-        json.dumps({"schema_version": plan.schema_version, **plan.model_dump(mode="json")}, indent=2) + "\n"
-    ).encode()
 
 
 def _card(manifest: Manifest, plan: Plan) -> str:

@@ -37,8 +37,12 @@ class Record(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the record as indented JSON, atomically."""
+        write_text(path, self.as_json())
+
+    def as_json(self) -> str:
+        """The text that ``save`` writes."""
         body = {"schema_version": self.schema_version, **self.model_dump(mode="json")}
-        write_text(path, json.dumps(body, indent=2) + "\n")
+        return json.dumps(body, indent=2) + "\n"
 
     @classmethod
     def load(cls, path: Path) -> Self:
