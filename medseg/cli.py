@@ -76,7 +76,8 @@ Out = Annotated[
     typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.", show_default="medseg-DATASET"),
 ]
 Configuration = Annotated[
-    Literal["2d", "3d_fullres", "3d_lowres"], typer.Option("--configuration", "-c", help="Of the plan.")
+    Literal["2d", "3d_fullres", "3d_lowres"] | None,
+    typer.Option("--configuration", "-c", help="Of the plan.", show_default="3d_fullres; 2d for pictures"),
 ]
 Folds = Annotated[str, typer.Option(metavar="N,N|all", help="Folds to train.")]
 TimeBudget = Annotated[str, typer.Option(metavar="TIME", help="Length of training a fold, as 90s, 10m or 1h30m.")]
@@ -228,7 +229,7 @@ class _Show:
 def run(
     dataset: DatasetArgument,
     out: Out = None,
-    configuration: Configuration = "3d_fullres",
+    configuration: Configuration = None,
     folds: Folds = "0",
     time_budget: TimeBudget = "",
     epochs: Epochs = None,
@@ -367,7 +368,7 @@ def check(
 def plan(
     dataset: DatasetArgument,
     out: Out = None,
-    configuration: Configuration = "3d_fullres",
+    configuration: Configuration = None,
     device: Annotated[str, typer.Option(help="What to plan for: auto, cpu or cuda, also on another machine.")] = "auto",
     memory_budget: MemoryBudget = "8GB",
     overrides: Overrides = [],  # noqa: B006 - Typer needs a list, and copies it
@@ -402,7 +403,7 @@ def plan(
 def train(
     dataset: DatasetArgument,
     out: Out = None,
-    configuration: Configuration = "3d_fullres",
+    configuration: Configuration = None,
     folds: Folds = "0",
     time_budget: TimeBudget = "",
     epochs: Epochs = None,

@@ -66,7 +66,7 @@ def run(
     dataset: Path | str,
     out: Path | str,
     *,
-    configuration: ConfigurationName = "3d_fullres",
+    configuration: ConfigurationName | None = None,
     folds: Sequence[int] | None = (0,),
     train: TrainSettings | None = None,
     memory_budget_mb: float = DEFAULT_MEMORY_MB,
@@ -82,7 +82,7 @@ def run(
     Args:
         dataset: a folder with ``dataset.json``.
         out: where everything is written; calling again with the same folder goes on.
-        configuration: of the plan.
+        configuration: of the plan; None for 3d_fullres where the plan has it, else 2d.
         folds: numbers of the folds to train; None for all of them.
         train: settings of training, the same for each fold.
         memory_budget_mb: what a training step may take.
@@ -151,7 +151,7 @@ def plan_station(
     out: Path,
     device: str = "auto",
     memory_budget_mb: float = DEFAULT_MEMORY_MB,
-    configuration: ConfigurationName = "3d_fullres",
+    configuration: ConfigurationName | None = None,
     overrides: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Plan:
@@ -162,7 +162,7 @@ def plan_station(
         out: where both are written.
         device: ``cuda`` asks for a GPU's plan (nnU-Net's rules) on any machine, ``auto`` takes the one that is here.
         memory_budget_mb: what a training step may take.
-        configuration: that short ``overrides`` apply to.
+        configuration: that short ``overrides`` apply to; None as for ``run``.
         overrides: plan settings.
         progress: told how far the measuring is.
 
@@ -175,10 +175,11 @@ def plan_station(
     fingerprint = _kept(path, Fingerprint, key) or _keep(path, measure(data, progress), key)
     kind = _kind_of(device)
     plan = make_plan(fingerprint, data.name, data.channels, data.labels, device=kind, memory_budget_mb=memory_budget_mb)
-    plan, messages = override_plan(plan, overrides, configuration)
+    name = configuration or _usual(plan)
+    plan, messages = override_plan(plan, overrides, name)
     for message in messages:
         log.warning("plan: %s", message)
-    plan.configuration(configuration)
+    plan.configuration(name)
     path = out / "plan.json"
     if _written_plan(path) != plan:
         if _is_edited(path):
@@ -187,6 +188,11 @@ def plan_station(
         for field, reason in plan.reasons.items():
             log.info("plan: %s: %s", field, reason)
     return plan
+
+
+def _usual(plan: Plan) -> ConfigurationName:
+    """The configuration where none is named: whole volumes where the cases have more than one slice."""
+    return "3d_fullres" if "3d_fullres" in plan.configurations else "2d"
 
 
 def _kind_of(device: str) -> Literal["cpu", "gpu"]:
@@ -232,24 +238,25 @@ def versions() -> dict[str, str]:
 def train_station(
     data: Dataset,
     plan: Plan,
-    configuration: ConfigurationName,
+    configuration: ConfigurationName | None,
     chosen: Mapping[int, Fold],
     out: Path,
     settings: TrainSettings,
     progress: Progress = silent,
 ) -> dict[int, FoldRecord]:
-    """Prepare the cases, train each chosen fold, and put all of them into ``out/package``."""
-    prepared = {c.id: c for c in prepare_cases(data, plan, configuration, out / "prepared" / configuration, progress)}
+    """Prepare the cases, train each chosen fold, and put all of them into ``out/package``; configuration as ``run``."""
+    name = configuration or _usual(plan)
+    prepared = {c.id: c for c in prepare_cases(data, plan, name, out / "prepared" / name, progress)}
     records, weights = {}, {}
     for number, fold in chosen.items():
         folder = out / "training" / f"fold_{number}"
         validation = [(data.case(case), prepared[case]) for case in fold.validation]
         training = [prepared[case] for case in fold.train]
-        records[number] = train_fold(Job(plan, configuration, training, validation, folder, settings), progress)
+        records[number] = train_fold(Job(plan, name, training, validation, folder, settings), progress)
         weights[number] = (folder / WEIGHTS).read_bytes()
         if _is_newer(folder / LOG, folder / "curve.png"):
             save_curve(folder / LOG, folder / "curve.png")
-    save_package(out / "package", data.name, plan, configuration, records, weights, versions())
+    save_package(out / "package", data.name, plan, name, records, weights, versions())
     return records
 
 
