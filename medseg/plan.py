@@ -7,7 +7,7 @@ and ``axes`` have been applied.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -64,7 +64,13 @@ class NetworkPlan(Record):
         features: channels of each stage.
         kernel_sizes: convolution kernel of each stage, in plan order.
         strides: step into each stage (all ones for the first).
-        convs_per_stage: convolutions of an encoder stage; the decoder has as many.
+        convs_per_stage: convolutions (of a residual network: blocks) of the encoder stages, one number for all or one
+            a stage.
+        decoder_convs: convolutions of each decoder stage.
+        downsampling: into a stage by a ``stride`` of its first convolution, or by a max-``pool`` before it.
+        norm: ``instance`` or ``batch``.
+        act: ``leakyrelu`` (slope 0.01) or ``relu``.
+        dropout: probability that a channel is left out in training.
         deep_supervision: train the lower decoder levels too.
     """
 
@@ -72,7 +78,12 @@ class NetworkPlan(Record):
     features: tuple[int, ...]
     kernel_sizes: tuple[Sizes, ...]
     strides: tuple[Sizes, ...]
-    convs_per_stage: int = Field(default=2, gt=0)
+    convs_per_stage: Annotated[int, Positive] | tuple[Annotated[int, Positive], ...] = 2
+    decoder_convs: int = Field(default=2, gt=0)
+    downsampling: Literal["stride", "pool"] = "stride"
+    norm: Literal["instance", "batch"] = "instance"
+    act: Literal["leakyrelu", "relu"] = "leakyrelu"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     deep_supervision: bool = True
 
     @model_validator(mode="after")
@@ -82,6 +93,8 @@ class NetworkPlan(Record):
                 "features, kernel_sizes and strides need one entry a stage, and two stages at least; "
                 f"got {len(self.features)}, {len(self.kernel_sizes)} and {len(self.strides)}"
             )
+        if isinstance(self.convs_per_stage, tuple) and len(self.convs_per_stage) != len(self.features):
+            raise ValueError(f"convs_per_stage needs one entry a stage; got {len(self.convs_per_stage)}")
         return self
 
     @property
@@ -97,29 +110,33 @@ class TrainingPlan(Record):
     """The training recipe that fits the data and the device.
 
     Attributes:
-        optimiser: ``sgd`` (Nesterov momentum), ``adamw`` or ``muon`` (orthogonalised momentum for the kernels, AdamW
-            for the rest).
-        learning_rate, weight_decay, momentum: of that optimiser; ``momentum`` is AdamW's first beta.
-        schedule: ``poly`` (power 0.9), ``cosine`` or ``linear`` to zero over the budget.
+        loss: an entry of ``medseg.losses.LOSSES``.
+        optimiser: ``sgd`` (Nesterov momentum), ``adam`` (weight decay added to the gradient), ``adamw`` (weight decay
+            of its own) or ``muon`` (orthogonalised momentum for the kernels, AdamW for the rest).
+        learning_rate, weight_decay, momentum: of that optimiser; ``momentum`` is the first beta of Adam and AdamW.
+        schedule: ``poly`` (power 0.9), ``cosine`` or ``linear`` to zero over the budget; ``step``, a tenth after each
+            third of it; ``plateau``, a tenth where the training loss no longer falls.
         warmup: iterations of linear warm-up.
         gradient_clip: largest norm of the gradient.
         average: decay of the running average of the weights that is shipped; 0 ships the last weights.
         foreground: fraction of the patches centred on a voxel of a class.
         iterations: length of training where the person running it names none.
-        augmentation: strength of the recipe in ``medseg.augment``.
+        augmentation: strength of the random transforms in ``medseg.augment``, or ``classic``: those of the U-Net's
+            literature.
     """
 
-    optimiser: Literal["sgd", "adamw", "muon"] = "sgd"
+    loss: str = "dice_ce"
+    optimiser: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     learning_rate: float = Field(default=0.01, gt=0)
     weight_decay: float = Field(default=3e-5, ge=0)
     momentum: float = Field(default=0.99, ge=0, lt=1)
-    schedule: Literal["poly", "cosine", "linear"] = "poly"
+    schedule: Literal["poly", "cosine", "linear", "step", "plateau"] = "poly"
     warmup: int = Field(default=0, ge=0)
     gradient_clip: float = Field(default=12.0, gt=0)
     average: float = Field(default=0.0, ge=0, lt=1)
     foreground: float = Field(default=0.33, ge=0, le=1)
     iterations: int = Field(default=250_000, gt=0)
-    augmentation: Literal["none", "light", "full"] = "full"
+    augmentation: Literal["none", "light", "full", "classic"] = "full"
 
 
 class Configuration(Record):
