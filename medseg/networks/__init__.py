@@ -12,14 +12,27 @@ from collections.abc import Callable
 from torch import nn
 
 from medseg.errors import PlanError
-from medseg.networks.unet import UNet
+from medseg.networks.blocks import INSTANCE_NORM, LEAKY_RELU
+from medseg.networks.unet import PRESETS, UNet
 from medseg.plan import Configuration
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
 
 
-def build_network(configuration: Configuration, in_channels: int, out_channels: int) -> nn.Module:
+_NORMS = {"instance": INSTANCE_NORM, "batch": "BATCH"}
+_ACTS = {"leakyrelu": LEAKY_RELU, "relu": ("RELU", {"inplace": True})}
+
+
+def build_network(
+    configuration: Configuration, in_channels: int, out_channels: int, checkpointing: bool = False
+) -> nn.Module:
     """The network of a plan's configuration, freshly initialised.
+
+    Args:
+        configuration: of a plan.
+        in_channels: channels of the images.
+        out_channels: classes, with the background.
+        checkpointing: less memory in training, more time.
 
     Raises:
         PlanError: the plan names an architecture that does not exist, or sizes that it cannot have.
@@ -43,10 +56,16 @@ def build_network(configuration: Configuration, in_channels: int, out_channels: 
             kernel_sizes=plan.kernel_sizes,
             strides=plan.strides,
             convs_per_stage=plan.convs_per_stage,
+            decoder_convs=plan.decoder_convs,
+            downsampling=plan.downsampling,
+            norm=_NORMS[plan.norm],
+            act=_ACTS[plan.act],
+            dropout=plan.dropout,
             deep_supervision=plan.deep_supervision,
+            checkpointing=checkpointing,
         )
     except ValueError as failure:
         raise PlanError("plan.network", str(failure)) from None
 
 
-__all__ = ["ARCHITECTURES", "UNet", "build_network"]
+__all__ = ["ARCHITECTURES", "PRESETS", "UNet", "build_network"]

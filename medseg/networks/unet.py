@@ -1,24 +1,44 @@
-"""The U-Net in 2D and 3D, in the plain-convolution form of nnU-Net.
+"""The U-Net in 2D and 3D: as published, and in the plain-convolution form of nnU-Net.
 
-Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015; Isensee et al.,
-"nnU-Net", Nature Methods 18, 2021: strided convolutions instead of pooling, instance norm, leaky ReLU, kernels and
-strides that follow the anisotropy of the voxels, deep supervision.
+Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015; Cicek et al., "3D
+U-Net", MICCAI 2016; Isensee et al., "nnU-Net", Nature Methods 18, 2021: strided convolutions instead of pooling,
+instance norm, leaky ReLU, kernels and strides that follow the anisotropy of the voxels, deep supervision.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, Self
 
 import torch
-from monai.networks.blocks.convolutions import Convolution
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-Sizes = int | Sequence[int]
-_NORM = ("INSTANCE", {"affine": True})
-_ACT = ("LEAKYRELU", {"negative_slope": 0.01, "inplace": True})
+from medseg.networks.blocks import (
+    ENCODER_STAGES,
+    INSTANCE_NORM,
+    LEAKY_RELU,
+    ConvBlock,
+    Sizes,
+    Stage,
+    arranged,
+    conv_stage,
+    convolution,
+    cropped,
+    divisor_of,
+    initialise,
+    padded,
+    stages_of,
+    transposed,
+)
+
+PRESETS: Mapping[str, tuple[int, ...]] = {
+    "original": (64, 128, 256, 512),
+    "small": (32, 64, 128, 256),
+    "large": (64, 128, 256, 512, 1024),
+}
+"""Features of the contracting path of ``UNet.classic``; its bottom has twice the last of them."""
 
 
 class UNet(nn.Module):
@@ -29,6 +49,8 @@ class UNet(nn.Module):
     back. Output: logits (N, out_channels, *spatial); in training with deep supervision a list of logits,
     one for each decoder stage, highest resolution first, where a lower stage has the padded size over its strides.
 
+    The siblings in this package are subclasses that change one of its steps.
+
     Args:
         spatial_dims: 2 or 3.
         in_channels: channels of the input.
@@ -36,15 +58,18 @@ class UNet(nn.Module):
         features: channels of each stage, highest resolution first.
         kernel_sizes: kernel of each stage's convolutions, one for all axes or one an axis. Odd.
         strides: step into each stage; the first is 1.
-        convs_per_stage: convolutions of each encoder and each decoder stage.
+        convs_per_stage: convolutions of the encoder stages, one number or one a stage.
+        decoder_convs: convolutions of each decoder stage.
+        downsampling: into a stage by a ``stride`` of its first convolution, or by a max-``pool`` before it.
         norm: MONAI's norm specification.
         act: MONAI's activation specification.
-        dropout: probability, 0 for none.
+        dropout: MONAI's dropout specification, as a probability; 0 for none.
         deep_supervision: whether training returns the logits of the lower stages too.
+        checkpointing: compute the inside of each stage again in the backward pass rather than keep it: less memory,
+            about a third more time.
 
     Raises:
-        ValueError: not one kernel and stride a stage, a first stride that is not 1, an even kernel, or a size with a
-            wrong number of axes.
+        ValueError: sizes that do not fit together; see ``medseg.networks.blocks.stages_of``.
     """
 
     def __init__(
@@ -55,89 +80,111 @@ class UNet(nn.Module):
         features: Sequence[int] = (32, 64, 128, 256, 320),
         kernel_sizes: Sequence[Sizes] | None = None,
         strides: Sequence[Sizes] | None = None,
-        convs_per_stage: int = 2,
-        norm: Any = _NORM,
-        act: Any = _ACT,
-        dropout: float = 0.0,
+        convs_per_stage: int | Sequence[int] = 2,
+        decoder_convs: int = 2,
+        downsampling: Literal["stride", "pool"] = "stride",
+        norm: Any = INSTANCE_NORM,
+        act: Any = LEAKY_RELU,
+        dropout: Any = 0.0,
         deep_supervision: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        stages = len(features)
-        kernels = [_per_axis(k, spatial_dims) for k in (kernel_sizes or [3] * stages)]
-        steps = [_per_axis(s, spatial_dims) for s in (strides or [1] + [2] * (stages - 1))]
-        if not len(kernels) == len(steps) == stages >= 2:
-            raise ValueError(
-                f"features, kernel_sizes and strides need one entry a stage; got {stages}, {len(kernels)}, {len(steps)}"
-            )
-        ones = (1,) * spatial_dims
-        if steps[0] != ones or any(k % 2 == 0 for kernel in kernels for k in kernel):
-            raise ValueError(f"the first stride must be 1 and kernels odd; got {steps[0]} and {kernels}")
+        stages = stages_of(spatial_dims, features, kernel_sizes, strides, convs_per_stage)
         self.spatial_dims = spatial_dims
         self.deep_supervision = deep_supervision
-        self.divisor = tuple(math.prod(along) for along in zip(*steps, strict=True))
-        common = {"adn_ordering": "DNA", "norm": norm, "act": act, "dropout": dropout or None}
-
-        def stage(channels: int, width: int, kernel: tuple[int, ...], step: tuple[int, ...]) -> nn.Sequential:
-            """Convolutions of one resolution; the first takes the step."""
-            first = Convolution(spatial_dims, channels, width, step, kernel, **common)
-            more = (Convolution(spatial_dims, width, width, ones, kernel, **common) for _ in range(convs_per_stage - 1))
-            return nn.Sequential(first, *more)
-
+        self.checkpointing = checkpointing
+        self.divisor = divisor_of(stages)
+        conv = partial(ConvBlock, spatial_dims, norm=norm, act=act, dropout=dropout)
         self.encoder = nn.ModuleList()
         channels = in_channels
-        for width, kernel, step in zip(features, kernels, steps, strict=True):
-            self.encoder.append(stage(channels, width, kernel, step))
-            channels = width
-        transposed = nn.ConvTranspose2d if spatial_dims == 2 else nn.ConvTranspose3d
-        pointwise = nn.Conv2d if spatial_dims == 2 else nn.Conv3d
-        self.upsample, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for low in range(stages - 1, 0, -1):
-            width = features[low - 1]
-            self.upsample.append(transposed(features[low], width, steps[low], steps[low]))  # type: ignore[arg-type]
-            self.decoder.append(stage(2 * width, width, kernels[low - 1], ones))
-            # Every level has its head, also without deep supervision, so that weights of both forms fit each other.
-            self.heads.append(pointwise(width, out_channels, 1))
-        self.apply(_initialise)
+        for stage in stages:
+            self.encoder.append(self._encoder_stage(conv, channels, stage, downsampling))
+            channels = stage.features
+        self._build_decoder(conv, stages, decoder_convs)
+        levels = len(stages) - 1 if deep_supervision else 1
+        self.heads = nn.ModuleList(self._head(conv, width, out_channels) for width in features[:levels])
+        self.apply(initialise)
+
+    @classmethod
+    def classic(
+        cls,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        preset: Literal["original", "small", "large"] | None = None,
+        **more: Any,
+    ) -> Self:
+        """The U-Net of the literature: two convolutions, batch norm and ReLU a stage, max-pooling, a doubled bottom.
+
+        Args:
+            spatial_dims: 2 or 3.
+            in_channels: channels of the input.
+            out_channels: channels of the logits.
+            preset: a key of ``PRESETS``; by default ``original`` in 2D (Ronneberger 2015) and ``small`` in 3D (after
+                Cicek 2016).
+            more: as for the class.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        name = preset or ("original" if spatial_dims == 2 else "small")
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        features = (*PRESETS[name], 2 * PRESETS[name][-1])
+        form = {"downsampling": "pool", "norm": "BATCH", "act": ("RELU", {"inplace": True}), **more}
+        return cls(spatial_dims, in_channels, out_channels, features, **form)
+
+    def _encoder_stage(
+        self, conv: Callable[..., nn.Module], channels: int, stage: Stage, downsampling: Literal["stride", "pool"]
+    ) -> nn.Module:
+        return ENCODER_STAGES[downsampling](conv, channels, stage)
+
+    def _build_decoder(self, conv: Callable[..., nn.Module], stages: Sequence[Stage], convs: int) -> None:
+        """The modules of the decoder, highest resolution first."""
+        self.upsample, self.decoder = nn.ModuleList(), nn.ModuleList()
+        ones = (1,) * self.spatial_dims
+        for high, low in zip(stages, stages[1:], strict=False):
+            self.upsample.append(transposed(self.spatial_dims)(low.features, high.features, low.stride, low.stride))
+            self.decoder.append(conv_stage(conv, 2 * high.features, high._replace(stride=ones, convs=convs)))
+
+    def _head(self, conv: Callable[..., nn.Module], width: int, out_channels: int) -> nn.Module:
+        return convolution(self.spatial_dims)(width, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits of a batch; see the class for shapes."""
         size = x.shape[2:]
-        x = _pad(x, self.divisor)
+        levels = self.decode(self.encode(x))
+        if self.training and self.deep_supervision:
+            first, *lower = [head(level) for head, level in zip(self.heads, levels, strict=True)]
+            return [cropped(first, size), *lower]
+        return cropped(self.heads[0](levels[0]), size)
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Features of every encoder stage, highest resolution first, of the input padded to a multiple of strides."""
+        x = arranged(padded(x, self.divisor))
         skips = []
         for stage in self.encoder:
-            x = stage(x)
+            x = self._run(stage, x)
             skips.append(x)
-        logits: list[Tensor] = []
-        last = len(self.decoder) - 1
-        for n, (upsample, stage, head) in enumerate(zip(self.upsample, self.decoder, self.heads, strict=True)):
-            x = stage(torch.cat([upsample(x), skips[last - n]], dim=1))
-            if n == last or (self.training and self.deep_supervision):
-                logits.insert(0, head(x))
-        for axis, n in enumerate(size, start=2):
-            logits[0] = logits[0].narrow(axis, 0, n)
-        return logits if self.training and self.deep_supervision else logits[0]
+        return skips
 
+    def decode(self, skips: Sequence[Tensor]) -> list[Tensor]:
+        """Features of every decoder stage, highest resolution first."""
+        *higher, x = skips
+        levels: list[Tensor] = []
+        for level in reversed(range(len(higher))):
+            x = self._run(self.decoder[level], self._joined(level, x, higher[level]))
+            levels.insert(0, x)
+        return levels
 
-def _per_axis(size: Sizes, spatial_dims: int) -> tuple[int, ...]:
-    axes = (size,) * spatial_dims if isinstance(size, int) else tuple(size)
-    if len(axes) != spatial_dims:
-        raise ValueError(f"a size for {spatial_dims} axes is needed; got {size}")
-    return axes
+    def _joined(self, level: int, x: Tensor, skip: Tensor) -> Tensor:
+        """What the decoder stage of a level takes: the features from below, upsampled, and the encoder's."""
+        return torch.cat([self.upsample[level](x), skip], dim=1)
 
-
-def _pad(x: Tensor, divisor: Sequence[int]) -> Tensor:
-    """Zeros after the end of each axis, up to a multiple of the divisor; never to the divisor itself on all axes."""
-    missing = [-n % d for n, d in zip(x.shape[2:], divisor, strict=True)]
-    if all(n + m == d for n, m, d in zip(x.shape[2:], missing, divisor, strict=True)):
-        missing[-1] += divisor[-1]
-    if not any(missing):
-        return x
-    return F.pad(x, [v for m in reversed(missing) for v in (0, m)])
-
-
-def _initialise(module: nn.Module) -> None:
-    """He initialisation for leaky ReLU with slope 0.01."""
-    if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        nn.init.kaiming_normal_(module.weight, a=0.01)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            again: Tensor = checkpoint(stage, x, use_reentrant=False)
+            return again
+        result: Tensor = stage(x)
+        return result
