@@ -688,13 +688,13 @@ def _default_out(dataset: Path) -> Path:
 def _train_settings(
     *, time_budget: str = "", epochs: int | None = None, iterations: int | None = None, **choices: Any
 ) -> TrainSettings:
-    from medseg.train import TrainSettings
+    from medseg.train import TrainSettings, seconds_of
 
     budgets = {"--time-budget": time_budget, "--epochs": epochs, "--iterations": iterations}
     given = [name for name, value in budgets.items() if value]
     if len(given) > 1:
         raise InputError(" and ".join(given), "both say how long to train", "one of them")
-    seconds = _seconds(time_budget) if time_budget else None
+    seconds = seconds_of(time_budget) if time_budget else None
     return TrainSettings(time_budget_s=seconds, epochs=epochs, iterations=iterations, **choices)
 
 
@@ -704,17 +704,6 @@ def _folds(text: str) -> tuple[int, ...] | None:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise InputError("--folds", f"{text!r} is no list of folds", "numbers, as 0 or 0,1, or all")
     return tuple(sorted({int(part) for part in text.split(",")}))
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
-    try:
-        hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0, 0, 0)
-    except ValueError:  # as 1.2.3s
-        hours = minutes = seconds = 0.0
-    if not (total := 3600 * hours + 60 * minutes + seconds) > 0:
-        raise InputError("--time-budget", f"{text!r} is no length of time", "numbers with units, as 90s, 10m or 1h30m")
-    return total
 
 
 def _megabytes(text: str) -> float:

@@ -11,6 +11,7 @@ import csv
 import io as text_io
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,6 +94,22 @@ class TrainSettings(Record):
         if len(given) > 1:
             raise ValueError(f"only one budget can hold; got {' and '.join(given)}")
         return self
+
+
+def seconds_of(text: str) -> float:
+    """A length of time as people write it, in seconds: ``90s``, ``10m``, ``1h30m``.
+
+    Raises:
+        InputError: it is none, has no unit, or is not longer than 0.
+    """
+    match = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
+    try:
+        hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    except ValueError:  # as 1.2.3s
+        hours = minutes = seconds = 0.0
+    if not (total := 3600 * hours + 60 * minutes + seconds) > 0:
+        raise InputError("--time-budget", f"{text!r} is no length of time", "numbers with units, as 90s, 10m or 1h30m")
+    return total
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,6 @@ def test_version() -> None:
 # Values
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("1.5h", 5400), ("1h1m1s", 3661), (" 2m ", 120)]
-)
-def test_lengths_of_time(text: str, seconds: float) -> None:
-    assert cli._seconds(text) == seconds
-
-
 @pytest.mark.parametrize(("text", "megabytes"), [("8GB", 8192), ("6g", 6144), ("900MB", 900), ("0.5 GB", 512)])
 def test_amounts_of_memory(text: str, megabytes: float) -> None:
     assert cli._megabytes(text) == megabytes
@@ -99,12 +92,6 @@ def test_lists_of_folds() -> None:
     assert cli._folds("0") == (0,)
     assert cli._folds("3,1,1") == (1, 3)
     assert cli._folds("all") is None
-
-
-@pytest.mark.parametrize("text", ["10", "", "soon", "-5m", "0s", "5m1h", "1.2.3s", "10 m s", "1d"])
-def test_what_is_no_length_of_time_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="90s, 10m or 1h30m"):
-        cli._seconds(text)
 
 
 @pytest.mark.parametrize("text", ["8", "", "lots", "-1GB", "0MB", "8TB"])

@@ -33,7 +33,7 @@ from medseg.pipeline import RunResult
 from medseg.plan import Plan
 from medseg.planning import override_plan
 from medseg.predict import Predictor
-from medseg.train import LOG, WEIGHTS, Budget, Job, TrainSettings, train_fold, validation_dice
+from medseg.train import LOG, WEIGHTS, Budget, Job, TrainSettings, seconds_of, train_fold, validation_dice
 
 NAME = "3d_fullres"
 Progress = Callable[[str, float, str], None]
@@ -260,6 +260,19 @@ def test_budgets_by_hand(tiny_job: Job) -> None:
     assert Budget(8, None).done(2, 1e9) == 0.25
     assert Budget(None, 8).done(10**9, 2) == 0.25
     assert Budget(None, 8).done(1, 9) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("1.5h", 5400), ("1h1m1s", 3661), (" 2m ", 120)]
+)
+def test_lengths_of_time(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["10", "", "soon", "-5m", "0s", "5m1h", "1.2.3s", "10 m s", "1d"])
+def test_what_is_no_length_of_time_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="90s, 10m or 1h30m"):
+        seconds_of(text)
 
 
 @pytest.mark.parametrize("two", [{"iterations": 1, "epochs": 1}, {"epochs": 1, "time_budget_s": 1.0}])
