@@ -251,20 +251,28 @@ def _to_volume(image: Any, channels: int) -> Volume:
         return io.read_volume(Path(image), channels)
     if isinstance(image, list) and image and all(isinstance(path, str | os.PathLike) for path in image):
         return io.read_volume([Path(path) for path in image], channels)
-    if isinstance(image, tuple) and len(image) == 2:
-        volume = _from_array(np.asarray(image[0]), image[1])
-    elif hasattr(image, "dataobj"):
-        volume = nifti.from_nibabel(image)
-    elif hasattr(image, "GetDirection"):
-        volume = itk.from_simpleitk(image)
-    elif hasattr(image, "affine"):  # MetaTensor
-        volume = _from_array(image.detach().cpu().numpy(), image.affine)
-    else:
-        kinds = "a path, a list of paths, a nibabel or SimpleITK image, a MetaTensor, or (array, affine)"
-        raise InputError("image", f"is a {type(image).__name__}", kinds)
+    volume = volume_of(image)
     if volume.array.shape[0] != channels:
         raise InputError("image", f"has {volume.array.shape[0]} channels", str(channels))
     return replace(volume, array=io.finite_float32(volume.array, "image"))
+
+
+def volume_of(image: Any) -> Volume:
+    """An image in memory as a Volume, its voxels as they are; see ``Predictor.__call__`` for what is an image.
+
+    Raises:
+        InputError: it is none, or has no real numbers, no shape or no affine that an image can have.
+    """
+    if isinstance(image, tuple) and len(image) == 2:
+        return _from_array(np.asarray(image[0]), image[1])
+    if hasattr(image, "dataobj"):
+        return nifti.from_nibabel(image)
+    if hasattr(image, "GetDirection"):
+        return itk.from_simpleitk(image)
+    if hasattr(image, "affine"):  # MetaTensor
+        return _from_array(image.detach().cpu().numpy(), image.affine)
+    kinds = "a path, a list of paths, a nibabel or SimpleITK image, a MetaTensor, or (array, affine)"
+    raise InputError("image", f"is a {type(image).__name__}", kinds)
 
 
 def _from_array(array: Any, affine: Any) -> Volume:
