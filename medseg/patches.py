@@ -11,10 +11,10 @@ can draw batches ahead without changing them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,22 @@ def prepare_case(case: Case, plan: Plan, configuration: str, folder: Path) -> Pr
 
 @dataclass(frozen=True)
 class Batch:
-    """Images float32 (N, C, *patch) and labels uint8 (N, 1, *patch)."""
+    """Images float32 (N, C, *patch) and labels uint8 (N, 1, *patch), or what the loss wants to be made of these."""
 
     images: Tensor
     labels: Tensor
 
 
-def draw_batch(cases: Sequence[PreparedCase], configuration: Configuration, seed: int, iteration: int) -> Batch:
+def draw_batch(
+    cases: Sequence[PreparedCase],
+    configuration: Configuration,
+    seed: int,
+    iteration: int,
+    target_of: Callable[[Tensor], Tensor] | None = None,
+) -> Batch:
     """The batch of an iteration: the same for the same cases, configuration, seed and number.
+
+    ``target_of`` makes of the labels what the loss wants, if that is more.
 
     Cases are drawn with replacement. The last patches of the batch, ``training.foreground`` of them, are centred on a
     voxel of a class that is drawn from the classes of the case, the others anywhere (nnU-Net's rule, which forces
@@ -165,7 +173,8 @@ def draw_batch(cases: Sequence[PreparedCase], configuration: Configuration, seed
         done = transform(patch)
         images.append(_plain(done["image"]))
         labels.append(_plain(done["labels"]))
-    return Batch(torch.stack(images), torch.stack(labels).to(torch.uint8))
+    target = torch.stack(labels).to(torch.uint8)
+    return Batch(torch.stack(images), target_of(target) if target_of else target)
 
 
 def draw_patch(
@@ -198,20 +207,26 @@ def draw_patch(
 
 
 def batches(
-    cases: Sequence[PreparedCase], configuration: Configuration, seed: int, start: int, workers: int
+    cases: Sequence[PreparedCase],
+    configuration: Configuration,
+    seed: int,
+    start: int,
+    workers: int,
+    target_of: Callable[[Tensor], Tensor] | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches from iteration ``start`` on, without end; ``workers`` threads draw ahead (0: none)."""
+    draw = partial(draw_batch, cases, configuration, seed, target_of=target_of)
     iteration = start
     if workers == 0:
         while True:
-            yield draw_batch(cases, configuration, seed, iteration)
+            yield draw(iteration)
             iteration += 1
     with ThreadPoolExecutor(workers) as pool:
-        ahead = [pool.submit(draw_batch, cases, configuration, seed, iteration + n) for n in range(2 * workers)]
+        ahead = [pool.submit(draw, iteration + n) for n in range(2 * workers)]
         try:
             while True:
                 ready = ahead.pop(0)
-                ahead.append(pool.submit(draw_batch, cases, configuration, seed, iteration + 2 * workers))
+                ahead.append(pool.submit(draw, iteration + 2 * workers))
                 yield ready.result()
                 iteration += 1
         finally:

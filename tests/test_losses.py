@@ -1,4 +1,4 @@
-"""Losses: worked by hand, and equal to MONAI's where they are comparable."""
+"""Losses: worked by hand, and equal to MONAI's where they are comparable; what holds for each of them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,25 @@ import math
 
 import pytest
 import torch
-from monai.losses import DiceCELoss
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.losses import DiceCELoss, FocalLoss, GeneralizedDiceLoss
+from monai.losses.cldice import soft_skel
 from torch import Tensor
 
-from medseg.losses import LOSSES, DiceCrossEntropy, build_loss, supervision_weights
+from medseg.errors import PlanError
+from medseg.losses import (
+    LOSSES,
+    build_loss,
+    build_target,
+    signed_distances,
+    soft_skeleton,
+    supervision_weights,
+    with_distances,
+)
+
+DiceCrossEntropy = LOSSES["dice_ce"]
+NAMES = sorted(LOSSES)
 
 # Probabilities of the class: 3/4 in the first voxel, 1/2 in the second
 LOGITS = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
@@ -102,4 +117,282 @@ def test_deep_supervision_weighs_each_level_on_labels_of_its_size() -> None:
 
 def test_one_level_is_the_loss_itself() -> None:
     loss = build_loss("dice_ce", batch=True, ignore_index=4, levels=1)
-    assert isinstance(loss, LOSSES["dice_ce"])  # type: ignore[arg-type]
+    assert {name: getattr(loss, name) for name in ("batch", "ignore_index")} == {"batch": True, "ignore_index": 4}
+
+
+def test_an_unknown_loss_is_refused_and_the_known_are_named() -> None:
+    with pytest.raises(PlanError, match=r"plan\.loss: no loss 'mse' \(expected .*tversky"):
+        build_loss("mse", batch=False, ignore_index=None, levels=1)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 5), (1, 1, 4, 4), (2, 2, 4, 4)])
+def test_labels_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="labels"):
+        LOSSES["dice"]()(torch.zeros(2, 3, 4, 4), torch.zeros(shape))
+
+
+# ---- each worked by hand ---------------------------------------------------------------------------------------------
+
+# LOGITS with the label (1, 0): p of the class is (3/4, 1/2), of the background (1/4, 1/2)
+LABELS = torch.tensor([[[1, 0]]], dtype=torch.uint8)
+DICE = 1 - 2 * 0.75 / (1.25 + 1)
+FOCAL = -(0.25**2 * math.log(0.75) + 0.5**2 * math.log(0.5)) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dice", DICE),
+        ("focal", FOCAL),
+        ("dice_focal", DICE + FOCAL),
+        ("tversky", 1 - 0.75 / (0.75 + 0.3 * 0.5 + 0.7 * 0.25)),
+        # both classes have one voxel, so the same weight: 2 (3/4 + 1/2) / ((1.25 + 1) + (0.75 + 1))
+        ("generalised_dice", 1 - 2.5 / 4),
+        # one against the rest, sigmoid of (0, 0) for the background and of (log 3, 0) for the class: all 1/2 but 3/4
+        ("bce_dice", -(math.log(0.75) + 3 * math.log(0.5)) / 4 + DICE),
+    ],
+)
+def test_two_voxels_by_hand(name: str, expected: float) -> None:
+    assert LOSSES[name]()(LOGITS[None], LABELS).item() == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("dice", DICE), ("focal", FOCAL), ("dice_ce", ENTROPY + DICE), ("bce_dice", ENTROPY + DICE)],
+)
+def test_one_channel_is_a_sigmoid_by_hand(name: str, expected: float) -> None:
+    """sigmoid(log 3) is 3/4."""
+    assert LOSSES[name]()(LOGITS[None, 1:], LABELS).item() == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"bce_dice"}))
+def test_one_channel_is_two_of_which_the_first_is_zero(name: str) -> None:
+    logits, labels = drawn(0, classes=2)
+    one = (logits[:, 1] - logits[:, 0])[:, None]
+    torch.testing.assert_close(LOSSES[name]()(one, labels), LOSSES[name]()(logits, labels))
+
+
+def test_weights_of_generalised_dice_by_hand() -> None:
+    """Eight voxels of background, two of the class, p of the class 1/4 everywhere: weights 1/64 and 1/4."""
+    labels = torch.tensor([0] * 8 + [1] * 2)[None, None]
+    logits = torch.tensor([math.log(3.0), 0.0])[None, :, None].expand(1, 2, 10)
+    both = 8 * 0.75 / 64 + 2 * 0.25 / 4
+    sizes = (10 * 0.75 + 8) / 64 + (10 * 0.25 + 2) / 4
+    assert LOSSES["generalised_dice"]()(logits, labels).item() == pytest.approx(1 - 2 * both / sizes, abs=1e-5)
+
+
+def test_generalised_dice_of_a_large_patch_is_not_smoothed_away() -> None:
+    """Half of a million voxels of background is taken for the class: MONAI's smoothing outweighs such weights."""
+    logits = perfect(torch.zeros(1, 1, 1000, 1000), 2)
+    logits[..., :500] *= -1
+    loss = LOSSES["generalised_dice"]()(logits, torch.zeros(1, 1, 1000, 1000))
+    # half of the background is hit; the absent class weighs as much: 2 * 1/2 / (1/2 + 1 + 1/2)
+    assert loss.item() == pytest.approx(1 - 1 / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_generalised_dice_and_focal_are_monais(batch: bool) -> None:
+    logits, labels = drawn(3, shape=(2, 5, 6, 4))
+    theirs = GeneralizedDiceLoss(to_onehot_y=True, softmax=True, batch=batch, smooth_nr=0, smooth_dr=0)
+    found = LOSSES["generalised_dice"](batch=batch)(logits, labels)
+    torch.testing.assert_close(found, theirs(logits, labels), atol=1e-5, rtol=0)
+    focal = FocalLoss(to_onehot_y=True, use_softmax=True)  # the mean over the classes too
+    torch.testing.assert_close(LOSSES["focal"]()(logits, labels), 3 * focal(logits, labels))
+
+
+def test_the_skeleton_of_a_bar_is_its_middle_line() -> None:
+    """Three rows of seven: the middle row, without its ends, which an erosion takes away."""
+    bar = torch.zeros(1, 1, 7, 11)
+    bar[..., 2:5, 2:9] = 1
+    line = torch.zeros_like(bar)
+    line[..., 3, 3:8] = 1
+    assert torch.equal(soft_skeleton(bar), line)
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (5, 6, 7)])
+def test_the_skeleton_is_monais(shape: tuple[int, ...]) -> None:
+    masks = torch.rand(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(soft_skeleton(masks), soft_skel(masks, 3))
+
+
+def test_centreline_dice_by_hand() -> None:
+    """A bar of 3 x 7 of which its left four columns are found.
+
+    Skeletons: 5 voxels (columns 3..7) and 2 (columns 3, 4). Of the found one all lies in the bar, of the bar's the 3
+    voxels in columns 3..5 lie in what was found. Dice is 2 * 12 / (21 + 12).
+    """
+    labels = torch.zeros(1, 1, 7, 11)
+    labels[..., 2:5, 2:9] = 1
+    found = labels.clone()
+    found[..., 6:] = 0
+    precision, recall = (2 + 1) / (2 + 1), (3 + 1) / (5 + 1)
+    expected = 0.5 * (1 - 24 / 33) + 0.5 * (1 - 2 * precision * recall / (precision + recall))
+    assert LOSSES["cldice"]()(perfect(found, 2), labels).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_centreline_dice_is_the_mean_over_the_classes() -> None:
+    """A class that is found and one that is missed: Dice and clDice are the means of 1 and 0 (nearly, of clDice)."""
+    labels = torch.zeros(1, 1, 12, 12)
+    labels[..., 2:5, 2:11], labels[..., 7:10, 2:11] = 1, 2
+    missed = torch.where(labels == 2, 0, labels)
+    recall = 1 / (7 + 1)  # of a skeleton of 7 voxels; nothing is found, so nothing wrong
+    expected = 0.5 * 0.5 + 0.5 * (1 - 2 * recall / (1 + recall)) / 2
+    assert LOSSES["cldice"]()(perfect(missed, 3), labels).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_distances_by_hand() -> None:
+    """A line of six voxels, one of them to ignore: it bounds nothing and is of no class."""
+    labels = torch.tensor([[[[0, 0, 1, 1, 1, 0]]], [[[0, 0, 1, 1, 3, 3]]]], dtype=torch.uint8)
+    found = signed_distances(labels, 3, ignore_index=3)[:, :, 0]
+    assert found[0].tolist() == [[-1, 0, 1, 2, 1, 0], [2, 1, 0, -1, 0, 1], [0] * 6]
+    assert found[1, 1, :4].tolist() == [2, 1, 0, -1]
+    assert signed_distances(labels, 4)[1, 1].tolist() == [[2, 1, 0, 0, 1, 2]], "without ignoring it is a class"
+
+
+def test_distances_of_a_square_by_hand() -> None:
+    labels = torch.zeros(1, 1, 5, 5)
+    labels[..., 1:4, 1:4] = 1
+    root = math.sqrt(2)
+    expected = [[root, 1, 1, 1, root], [1, 0, 0, 0, 1], [1, 0, -1, 0, 1], [1, 0, 0, 0, 1], [root, 1, 1, 1, root]]
+    torch.testing.assert_close(signed_distances(labels, 2)[0, 1], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("value", [0, 1, 2])
+def test_a_patch_of_one_class_has_no_border(value: int) -> None:
+    assert not signed_distances(torch.full((1, 1, 3, 4, 5), value), 2, ignore_index=2).any()
+
+
+def test_boundary_by_hand() -> None:
+    """Four voxels, p of the class 1/4: distances 1, 0, 1, 2 sum to 4."""
+    labels = torch.tensor([[[0, 1, 0, 0]]])
+    logits = torch.tensor([math.log(3.0), 0.0])[None, :, None].expand(1, 2, 4)
+    both, sizes = 3 * 0.75 / 9 + 0.25, (4 * 0.75 + 3) / 9 + (1 + 1)
+    expected = 1 - 2 * both / sizes + 0.01 * 0.25 * 4 / 4
+    assert LOSSES["boundary"]()(logits, labels).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("ignore", [None, 3])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_maps_that_came_with_the_labels_are_used(ignore: int | None, classes: int) -> None:
+    logits, labels = drawn(1, classes=classes, ignore=ignore)
+    loss, target_of = (
+        LOSSES["boundary"](ignore_index=ignore),
+        build_target("boundary", classes=classes, ignore_index=ignore),
+    )
+    assert target_of is not None
+    target = target_of(labels)
+    assert torch.equal(loss(logits, target), loss(logits, labels))
+    target[:, 1:] += 1  # every class now is one voxel farther off
+    assert loss(logits, target) > loss(logits, labels)
+
+
+def test_only_the_boundary_loss_wants_maps() -> None:
+    wanting = {name for name in [*NAMES, "unknown"] if build_target(name, classes=2, ignore_index=None)}
+    assert wanting == {"boundary"}
+
+
+def test_maps_are_sampled_with_the_labels_under_deep_supervision() -> None:
+    loss = build_loss("boundary", batch=False, ignore_index=None, levels=3)
+    _, labels = drawn(2, shape=(8, 8))
+    target = with_distances(labels, 3)
+    levels = [torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(n)) for n in (8, 4, 2)]
+    single = LOSSES["boundary"]()
+    expected = 2 / 3 * single(levels[0], target) + 1 / 3 * single(levels[1], target[..., 1::2, 1::2])
+    torch.testing.assert_close(loss(levels, target), expected)
+
+
+# ---- what holds for each loss ----------------------------------------------------------------------------------------
+
+
+def drawn(
+    seed: int, classes: int = 3, shape: tuple[int, ...] = (6, 7), ignore: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (2, classes, *shape) and labels, a fifth of them to ignore."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, classes, *shape, generator=generator)
+    labels = torch.randint(0, max(classes, 2), (2, 1, *shape), generator=generator)
+    if ignore is not None:
+        labels[torch.rand(labels.shape, generator=generator) < 0.2] = ignore
+    return logits, labels.to(torch.uint8)
+
+
+def gradient(loss: torch.nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    leaf = logits.clone().requires_grad_()
+    value = loss(leaf, labels)
+    assert value.isfinite()
+    value.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    return leaf.grad
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (4, 5, 6)])
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_costs_less_than_a_perfect_prediction(name: str, classes: int, shape: tuple[int, ...]) -> None:
+    logits, labels = drawn(0, classes, shape)
+    best = perfect(labels, max(classes, 2))[:, -classes:]
+    loss = LOSSES[name]()
+    lowest = loss(best, labels).item()
+    if name != "boundary":  # its own term is below 0 then
+        assert lowest == pytest.approx(0, abs=1e-4)
+    assert lowest < loss(logits, labels)
+    assert lowest < loss(-best, labels)
+    assert gradient(loss, best, labels).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("labels", [0, 1, 2, 3], ids=["empty", "whole", "another", "ignored"])
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_finite_where_one_label_is_everywhere(name: str, batch: bool, labels: int) -> None:
+    loss = LOSSES[name](batch=batch, ignore_index=3)
+    for scale in (1.0, 1e4):
+        logits = scale * drawn(0)[0]
+        found = gradient(loss, logits, torch.full((2, 1, 6, 7), labels))
+        if labels == 3:
+            assert not found.any()
+        elif scale == 1:
+            assert found.any()
+
+
+@pytest.mark.parametrize("shape", [(6, 7), (3, 4, 5)])
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=8)
+@given(st.integers(0, 10_000), st.booleans())
+def test_voxels_to_ignore_have_no_part(name: str, classes: int, shape: tuple[int, ...], seed: int, batch: bool) -> None:
+    """Neither the value nor a gradient knows what was predicted there; elsewhere there are gradients."""
+    logits, labels = drawn(seed, classes, shape, ignore=3)
+    loss = LOSSES[name](batch=batch, ignore_index=3)
+    ignored = (labels == 3).expand_as(logits)
+    found = gradient(loss, logits, labels)
+    assert not found[ignored].any()
+    assert found[~ignored].any()
+    other = torch.where(ignored, torch.flip(logits, dims=[0]) * 5, logits)
+    assert torch.equal(loss(other, labels), loss(logits, labels))
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_the_samples_does_not_count(name: str, batch: bool) -> None:
+    logits, labels = drawn(4, ignore=3)
+    loss = LOSSES[name](batch=batch, ignore_index=3)
+    torch.testing.assert_close(loss(logits.flip(0), labels.flip(0)), loss(logits, labels))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loss_is_taken_in_single_precision(name: str) -> None:
+    logits, labels = drawn(5)
+    assert LOSSES[name]()(logits.half(), labels).dtype == torch.float32
+    torch.testing.assert_close(LOSSES[name]()(logits.half(), labels), LOSSES[name]()(logits, labels), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("ignore", [None, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_deep_supervision_of_every_loss_takes_the_nearest_labels(name: str, ignore: int | None) -> None:
+    loss = build_loss(name, batch=True, ignore_index=ignore, levels=3)
+    _, labels = drawn(6, shape=(8, 8), ignore=ignore)
+    levels = [torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(n)) for n in (8, 4, 2)]
+    single = LOSSES[name](batch=True, ignore_index=ignore)
+    expected = 2 / 3 * single(levels[0], labels) + 1 / 3 * single(levels[1], labels[..., 1::2, 1::2])
+    torch.testing.assert_close(loss(levels, labels), expected)
