@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from medseg.plan import TrainingPlan
 
@@ -106,6 +106,8 @@ def build_optimiser(network: nn.Module, plan: TrainingPlan) -> Optimizer:
     rate, momentum, decay = plan.learning_rate, plan.momentum, plan.weight_decay
     if plan.optimiser == "sgd":
         return SGD(parameters.values(), rate, momentum, weight_decay=decay, nesterov=momentum > 0)
+    if plan.optimiser == "adam":
+        return Adam(parameters.values(), rate, (momentum, 0.999), weight_decay=decay)
     if plan.optimiser == "adamw":
         return AdamW(parameters.values(), rate, (momentum, 0.99), weight_decay=decay)
     first = next(iter(parameters))
@@ -126,11 +128,45 @@ def _linear(done: float) -> float:
     return 1 - done
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"poly": _poly, "cosine": _cosine, "linear": _linear}
-"""Fraction of the budget that is done (0 to 1) -> fraction of the learning rate."""
+def _step(done: float) -> float:
+    return float(0.1 ** min(math.floor(3 * done), 2))
 
 
-def learning_rate_factor(plan: TrainingPlan, iteration: int, done: float) -> float:
-    """Fraction of the learning rate at an iteration, with ``done`` of the budget spent."""
+SCHEDULES: dict[str, Callable[[float], float]] = {"poly": _poly, "cosine": _cosine, "linear": _linear, "step": _step}
+"""Fraction of the budget that is done (0 to 1) -> fraction of the learning rate; ``plateau`` looks at the losses."""
+
+PLATEAU_PATIENCE = 5
+"""Losses without gain that a plateau takes; the next one makes the learning rate a tenth."""
+_PLATEAU_GAIN = 1e-4  # relative; smaller gains are none
+
+
+def plateau_factor(losses: Sequence[float]) -> float:
+    """Fraction of the learning rate after these losses: a tenth for each time that they stopped falling.
+
+    The rule of torch's ReduceLROnPlateau (factor 0.1, patience 5, other settings its defaults) as a function of all
+    losses so far, the oldest first, so that a training that goes on has nothing to remember but its log. 1 for none.
+    """
+    factor, best, without_gain = 1.0, math.inf, 0
+    for loss in losses:
+        if loss < best * (1 - _PLATEAU_GAIN):
+            best, without_gain = loss, 0
+        else:
+            without_gain += 1
+        if without_gain > PLATEAU_PATIENCE:
+            factor, without_gain = factor * 0.1, 0
+    return factor
+
+
+def learning_rate_factor(plan: TrainingPlan, iteration: int, done: float, losses: Sequence[float] = ()) -> float:
+    """Fraction of the learning rate at an iteration.
+
+    Args:
+        plan: with schedule and warm-up.
+        iteration: steps done.
+        done: part of the budget that is spent, 0 to 1.
+        losses: mean training losses of even parts of the budget, the oldest first; for ``plateau``.
+    """
     warm = min(1.0, (iteration + 1) / plan.warmup) if plan.warmup else 1.0
+    if plan.schedule == "plateau":
+        return warm * plateau_factor(losses)
     return warm * SCHEDULES[plan.schedule](min(max(done, 0.0), 1.0))

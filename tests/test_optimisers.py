@@ -11,13 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from medseg.networks import UNet
-from medseg.optimisers import ADAM_LEARNING_RATE, Muon, build_optimiser, learning_rate_factor, orthogonalised
+from medseg.optimisers import (
+    ADAM_LEARNING_RATE,
+    Muon,
+    build_optimiser,
+    learning_rate_factor,
+    orthogonalised,
+    plateau_factor,
+)
 from medseg.plan import TrainingPlan
 
-Name = Literal["sgd", "adamw", "muon"]
+Name = Literal["sgd", "adam", "adamw", "muon"]
 
 
 def tensor(*size: int, seed: int = 0) -> Tensor:
@@ -96,7 +104,7 @@ def test_a_parameter_without_gradient_stays() -> None:
 
 
 def plan(name: Name, **more: Any) -> TrainingPlan:
-    rates: dict[Name, float] = {"sgd": 0.01, "adamw": 0.01, "muon": 0.02}
+    rates: dict[Name, float] = {"sgd": 0.01, "adam": 0.01, "adamw": 0.01, "muon": 0.02}
     return TrainingPlan(optimiser=name, learning_rate=rates[name], momentum=0.9, **more)
 
 
@@ -109,7 +117,7 @@ def step(network: nn.Module, optimiser: torch.optim.Optimizer, number: int) -> f
     return float(loss.detach())
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
 def test_a_loss_goes_down(name: Name) -> None:
     torch.manual_seed(0)
     network = UNet(2, 1, 2, features=(4, 4))
@@ -118,7 +126,7 @@ def test_a_loss_goes_down(name: Name) -> None:
     assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
 def test_training_goes_on_bit_for_bit(name: Name) -> None:
     torch.manual_seed(0)
     network = UNet(2, 1, 2, features=(4, 4))
@@ -158,6 +166,15 @@ def test_settings_of_the_plan_arrive() -> None:
     adamw = build_optimiser(network, TrainingPlan(optimiser="adamw", learning_rate=0.3, momentum=0.8))
     assert isinstance(adamw, AdamW)
     assert adamw.defaults["betas"] == (0.8, 0.99)
+    adam = build_optimiser(network, TrainingPlan(optimiser="adam", learning_rate=0.3, momentum=0.8, weight_decay=0.1))
+    assert isinstance(adam, Adam)
+    assert not isinstance(adam, AdamW)
+    assert {key: adam.defaults[key] for key in ("lr", "betas", "weight_decay", "decoupled_weight_decay")} == {
+        "lr": 0.3,
+        "betas": (0.8, 0.999),
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": False,
+    }
 
 
 @pytest.mark.parametrize(
@@ -171,6 +188,12 @@ def test_settings_of_the_plan_arrive() -> None:
         ("cosine", 0.5, 0.5),
         ("cosine", 1.0, 0.0),
         ("linear", 0.25, 0.75),
+        ("step", 0.0, 1.0),
+        ("step", 0.33, 1.0),
+        ("step", 10 / 30, 0.1),
+        ("step", 0.66, 0.1),
+        ("step", 20 / 30, 0.01),
+        ("step", 1.0, 0.01),
         ("linear", 1.5, 0.0),  # past the end, as a clock may be
         ("poly", -0.1, 1.0),
     ],
@@ -184,3 +207,28 @@ def test_warm_up_by_hand() -> None:
     assert [learning_rate_factor(plan, n, 0.0) for n in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
     assert learning_rate_factor(plan, 1, 0.5) == pytest.approx(0.25)
     assert math.isclose(learning_rate_factor(TrainingPlan(schedule="linear"), 0, 0.0), 1.0)
+
+
+def test_a_plateau_by_hand() -> None:
+    """Five losses without gain are taken, the sixth is too many, and a gain starts the count anew."""
+    falling = [3.0, 2.0, 1.0]
+    assert plateau_factor([]) == plateau_factor(falling) == plateau_factor([*falling, *[1.0] * 5]) == 1
+    assert plateau_factor([*falling, *[1.0] * 6]) == plateau_factor([*falling, *[1.0] * 11]) == pytest.approx(0.1)
+    assert plateau_factor([*falling, *[1.0] * 12]) == pytest.approx(0.01)
+    assert plateau_factor([*falling, *[1.0] * 5, 0.5, *[1.0] * 5]) == 1
+    assert plateau_factor([1 - n * 1e-5 for n in range(7)]) == pytest.approx(0.1), "a gain of a hundred-thousandth"
+
+
+@given(st.lists(st.floats(-2, 2) | st.sampled_from([0.5, 0.49999, 0.4]), max_size=80))
+def test_a_plateau_is_torchs(losses: list[float]) -> None:
+    optimiser = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = ReduceLROnPlateau(optimiser, factor=0.1, patience=5, eps=0)
+    for loss in losses:
+        theirs.step(loss)
+    assert plateau_factor(losses) == pytest.approx(optimiser.param_groups[0]["lr"])
+
+
+def test_the_rate_on_a_plateau_follows_the_losses_and_the_warm_up() -> None:
+    plan = TrainingPlan(schedule="plateau", warmup=4)
+    assert learning_rate_factor(plan, 1, 0.9, [1.0] * 7) == pytest.approx(0.5 * 0.1)
+    assert learning_rate_factor(plan, 100, 0.9) == 1
