@@ -257,33 +257,35 @@ def _to_volume(image: Any, channels: int) -> Volume:
     return replace(volume, array=io.finite_float32(volume.array, "image"))
 
 
-def volume_of(image: Any) -> Volume:
+def volume_of(image: Any, where: str = "image") -> Volume:
     """An image in memory as a Volume, its voxels as they are; see ``Predictor.__call__`` for what is an image.
+
+    ``where`` names the image in errors.
 
     Raises:
         InputError: it is none, or has no real numbers, no shape or no affine that an image can have.
     """
     if isinstance(image, tuple) and len(image) == 2:
-        return _from_array(np.asarray(image[0]), image[1])
+        return _from_array(np.asarray(image[0]), image[1], where)
     if hasattr(image, "dataobj"):
         return nifti.from_nibabel(image)
     if hasattr(image, "GetDirection"):
         return itk.from_simpleitk(image)
     if hasattr(image, "affine"):  # MetaTensor
-        return _from_array(image.detach().cpu().numpy(), image.affine)
+        return _from_array(image.detach().cpu().numpy(), image.affine, where)
     kinds = "a path, a list of paths, a nibabel or SimpleITK image, a MetaTensor, or (array, affine)"
-    raise InputError("image", f"is a {type(image).__name__}", kinds)
+    raise InputError(where, f"is a {type(image).__name__}", kinds)
 
 
-def _from_array(array: Any, affine: Any) -> Volume:
+def _from_array(array: Any, affine: Any, where: str) -> Volume:
     if array.dtype.kind not in "biuf":
-        raise InputError("image", f"holds {array.dtype} voxels", "one real number a voxel and channel")
+        raise InputError(where, f"holds {array.dtype} voxels", "one real number a voxel and channel")
     array = array[np.newaxis] if array.ndim == 3 else array
     if array.ndim != 4:
-        raise InputError("image", f"has shape {array.shape}", "(I, J, K) or (C, I, J, K)")
+        raise InputError(where, f"has shape {array.shape}", "(I, J, K) or (C, I, J, K)")
     matrix = np.asarray(affine, dtype=np.float64)
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-12:
-        raise InputError("affine", "is no invertible 4x4 matrix", "voxel indices to RAS+ mm")
+        raise InputError(f"affine of the {where}", "is no invertible 4x4 matrix", "voxel indices to RAS+ mm")
     return Volume(array, Geometry(array.shape[1:], matrix))
 
 
