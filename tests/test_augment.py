@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from medseg import augment
 from medseg.augment import build_transform, read_size, seed_transform
 from medseg.plan import Configuration, NetworkPlan, TrainingPlan
 
-Level = Literal["none", "light", "full"]
-LEVELS: tuple[Level, ...] = ("none", "light", "full")
+Level = Literal["none", "light", "full", "classic"]
+LEVELS: tuple[Level, ...] = ("none", "light", "full", "classic")
 
 
 def configuration(
@@ -126,18 +127,18 @@ def test_without_augmentation_a_patch_is_what_was_read() -> None:
     assert all(torch.equal(done[name], sample[name]) for name in sample)
 
 
-@pytest.mark.parametrize("level", ["light", "full"])
+@pytest.mark.parametrize("level", ["light", "full", "classic"])
 def test_what_is_not_turned_is_the_middle_of_what_was_read(level: Level) -> None:
     """In half of the samples or more labels are not resampled, and then they are cut from the centre."""
     setup = configuration(level)
     sample = sample_of(setup)
     middle = sample["labels"][:, 1:-1, 1:-1, 2:-2]
     same = sum(torch.equal(done["labels"].to(torch.uint8), middle) for done in drawn(setup, sample, 200))
-    probability = 0.7**2 if level == "light" else 0.8**2
+    probability = {"light": 0.7**2, "full": 0.8**2, "classic": 0.5 * 0.7}[level]
     assert abs(same / 200 - probability) < 0.1  # three standard deviations
 
 
-@pytest.mark.parametrize("level", ["light", "full"])
+@pytest.mark.parametrize("level", ["light", "full", "classic"])
 def test_image_and_labels_turn_together(level: Level) -> None:
     """Labels are where the last channel is above its middle; without noise and blur that stays so off the border."""
     setup = configuration(level, (16, 16, 16), mirror_axes=(0, 2))
@@ -155,7 +156,7 @@ def test_image_and_labels_turn_together(level: Level) -> None:
     assert turned > 5
 
 
-@pytest.mark.parametrize("level", ["light", "full"])
+@pytest.mark.parametrize("level", ["light", "full", "classic"])
 def test_an_anisotropic_patch_turns_in_its_plane_only(level: Level) -> None:
     """With 4 x 16 x 16 voxels the ramp along the first axis may be scaled, but is never tilted."""
     setup = configuration(level, (4, 16, 16))
@@ -190,3 +191,81 @@ def test_a_patch_of_nothing_stays_finite(level: Level, patch: tuple[int, ...]) -
     setup = configuration(level, patch)
     sample = {name: torch.zeros_like(tensor) for name, tensor in sample_of(setup).items()}
     assert all(done["image"].isfinite().all() for done in drawn(setup, sample, 40))
+
+
+# ---- deformation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(9, 13), (5, 9, 7)])
+def test_a_fine_field_is_the_coarse_one_at_its_points(size: tuple[int, ...]) -> None:
+    """Three points an axis: first, middle and last voxel."""
+    coarse = torch.randn(len(size), *([3] * len(size)), generator=torch.Generator().manual_seed(0))
+    fine = augment._bicubic(coarse, size)
+    assert fine.shape == (len(size), *size)
+    points = np.ix_(range(len(size)), *([0, n // 2, n - 1] for n in size))
+    torch.testing.assert_close(fine[points], coarse)
+    torch.testing.assert_close(augment._bicubic(torch.ones_like(coarse), size), torch.ones(len(size), *size))
+
+
+class Still:
+    """Random numbers that deform nothing."""
+
+    def normal(self, scale: float, size: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        return np.zeros(size)
+
+
+@pytest.mark.parametrize("patch", [(8, 10, 12), (5, 7), (4, 16, 16)])
+def test_a_patch_that_is_not_deformed_is_the_middle_of_what_was_read(patch: tuple[int, ...]) -> None:
+    setup = configuration("classic", patch)
+    sample = sample_of(setup)
+    elastic = augment._RandElasticd(patch, None)
+    elastic.R = Still()  # type: ignore[assignment]
+    done = elastic(sample)
+    middle = tuple(slice((n - p) // 2, (n - p) // 2 + p) for n, p in zip(read_size(setup), patch, strict=True))
+    for name in ("image", "labels"):
+        expected = sample[name][(slice(None), *middle)].float()
+        torch.testing.assert_close(plain(done[name]), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("patch", "moved"), [((40, 40, 40), (0, 1, 2)), ((60, 60), (0, 1)), ((6, 40, 40), (1, 2))])
+def test_how_far_voxels_move(patch: tuple[int, ...], moved: tuple[int, ...]) -> None:
+    """At the middle voxel the displacement is that of the middle point: a standard deviation of 3 in 100 of the size.
+
+    Ramps that rise by 1 a voxel tell it; along the axis of a flat patch nothing moves.
+    """
+    elastic = augment._RandElasticd(patch, None)
+    elastic.set_random_state(0)
+    size = read_size(configuration("classic", patch))
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in size), indexing="ij")
+    sample = {"image": torch.stack(axes), "labels": axes[0][None]}
+    still = elastic(sample)["image"]
+    elastic.set_random_state(0)
+    middle = (slice(None), *(n // 2 for n in patch))
+    found = torch.stack([plain(elastic(sample)["image"])[middle] for _ in range(150)])
+    assert still.shape == (len(patch), *patch)
+    for axis, spread in enumerate(found.std(dim=0).tolist()):
+        # between the points of an even size, a little less than at one
+        expected = 0.03 * patch[-1] if axis in moved else 0.0
+        assert spread == pytest.approx(expected, rel=0.2, abs=1e-4)
+
+
+@pytest.mark.parametrize("patch", [(16, 16), (8, 12, 10)])
+def test_brightness_and_contrast_by_hand(patch: tuple[int, ...]) -> None:
+    """Off the mirror and the turns an image x becomes (x - m) (1 + c) + m + b, |b| at most 1/5 and |c| at most 1/4."""
+    setup = configuration("classic", patch)
+    transform = build_transform(setup)
+    transform.transforms = transform.transforms[1:]
+    sample = sample_of(setup)
+    image = sample["image"]
+    brighter = stronger = 0
+    for seed in range(100):
+        seed_transform(transform, seed)
+        done = plain(transform(dict(sample))["image"])
+        contrast = float(done.std() / image.std()) - 1
+        offset = float(done.mean() - image.mean())
+        torch.testing.assert_close(done, (image - image.mean()) * (1 + contrast) + image.mean() + offset)
+        assert abs(contrast) < 0.25 + 1e-4
+        assert abs(offset) < 0.2 + 1e-4
+        brighter, stronger = brighter + (abs(offset) > 1e-4), stronger + (abs(contrast) > 1e-4)
+    assert abs(brighter - 30) < 15, "three standard deviations of probability 0.3"
+    assert abs(stronger - 30) < 15
