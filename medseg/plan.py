@@ -24,9 +24,10 @@ class Normalisation(Record):
     """How one channel's intensities are brought to a common scale.
 
     Attributes:
-        scheme: ``ct`` clips to [lower, upper] and subtracts mean and divides by std of the dataset's foreground;
-            ``zscore`` uses the image's own mean and standard deviation; ``minmax`` maps the image to [0, 1]; ``rgb``
-            divides by 255; ``none`` leaves it.
+        scheme: ``ct``, for any unit that means the same in every image (Hounsfield units, reflectance), clips to
+            [lower, upper] and subtracts mean and divides by std of the dataset's foreground; ``zscore`` uses the
+            image's own mean and standard deviation; ``minmax`` maps the image to [0, 1]; ``rgb`` divides by 255;
+            ``none`` leaves it.
         nonzero_only: ``zscore`` over the voxels that are not 0 in every channel, which stay 0.
     """
 
@@ -54,6 +55,10 @@ class Resampling(Record):
     label: Literal[0, 1] = 1
     logits: Literal[0, 1] = 1
     anisotropy: float = Field(default=3.0, gt=1)
+
+
+RESENC_BLOCKS = (1, 3, 4, *[6] * 11)
+"""Residual blocks of each encoder stage in nnU-Net's ResEnc presets (Isensee et al., "nnU-Net Revisited", 2024)."""
 
 
 class NetworkPlan(Record):

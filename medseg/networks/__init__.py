@@ -12,12 +12,22 @@ from collections.abc import Callable
 from torch import nn
 
 from medseg.errors import PlanError
+from medseg.networks.attention_unet import AttentionUNet
 from medseg.networks.blocks import INSTANCE_NORM, LEAKY_RELU
+from medseg.networks.heads import CellSegmenter, SatelliteSegmenter
+from medseg.networks.residual_unet import ResidualUNet
 from medseg.networks.unet import PRESETS, UNet
+from medseg.networks.unet_plus_plus import UNetPlusPlus
 from medseg.plan import Configuration
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
-
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "unet": UNet,
+    "residual_unet": ResidualUNet,
+    "attention_unet": AttentionUNet,
+    "unet_plus_plus": UNetPlusPlus,
+    "cell_segmenter": CellSegmenter,
+    "satellite_segmenter": SatelliteSegmenter,
+}
 
 _NORMS = {"instance": INSTANCE_NORM, "batch": "BATCH"}
 _ACTS = {"leakyrelu": LEAKY_RELU, "relu": ("RELU", {"inplace": True})}
@@ -68,4 +78,14 @@ def build_network(
         raise PlanError("plan.network", str(failure)) from None
 
 
-__all__ = ["ARCHITECTURES", "PRESETS", "UNet", "build_network"]
+__all__ = [
+    "ARCHITECTURES",
+    "PRESETS",
+    "AttentionUNet",
+    "CellSegmenter",
+    "ResidualUNet",
+    "SatelliteSegmenter",
+    "UNet",
+    "UNetPlusPlus",
+    "build_network",
+]

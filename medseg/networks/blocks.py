@@ -80,6 +80,7 @@ class ConvBlock(nn.Module):
         norm: MONAI's norm specification; None for none.
         act: MONAI's activation specification; None for none.
         dropout: MONAI's dropout specification; 0 or None for none.
+        bias: of the convolution.
     """
 
     def __init__(
@@ -92,10 +93,12 @@ class ConvBlock(nn.Module):
         norm: Any = INSTANCE_NORM,
         act: Any = LEAKY_RELU,
         dropout: Any = 0.0,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         padding = tuple(k // 2 for k in kernel)
-        self.conv = convolution(spatial_dims)(in_channels, out_channels, tuple(kernel), tuple(stride), padding)
+        sizes = {"kernel_size": tuple(kernel), "stride": tuple(stride), "padding": padding}
+        self.conv = convolution(spatial_dims)(in_channels, out_channels, **sizes, bias=bias)
         self.dropout = get_dropout_layer(dropout, spatial_dims) if dropout else nn.Identity()
         self.norm = get_norm_layer(norm, spatial_dims, out_channels) if norm is not None else nn.Identity()
         self.act = get_act_layer(act) if act is not None else nn.Identity()
@@ -156,6 +159,13 @@ def cropped(x: Tensor, size: Sequence[int]) -> Tensor:
     return x
 
 
+def interpolated(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Resampled to a size, linear between the centres of voxels, and constant beyond the outermost ones."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear" if x.ndim == 4 else "trilinear", align_corners=False)
+
+
 def divisor_of(stages: Sequence[Stage]) -> tuple[int, ...]:
     """Product of the strides along each axis."""
     return tuple(math.prod(along) for along in zip(*(stage.stride for stage in stages), strict=True))
@@ -191,8 +201,8 @@ def normalised(norm: nn.Module, x: Tensor) -> Tensor:
             return result
         if _on_eager_cpu(x):  # a group of one channel is an instance
             return F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)
-    result = norm(x)
-    return result
+    unchanged: Tensor = norm(x)
+    return unchanged
 
 
 def _on_eager_cpu(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ instance norm, leaky ReLU, kernels and strides that follow the anisotropy of the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
@@ -102,8 +103,8 @@ class UNet(nn.Module):
             self.encoder.append(self._encoder_stage(conv, channels, stage, downsampling))
             channels = stage.features
         self._build_decoder(conv, stages, decoder_convs)
-        levels = len(stages) - 1 if deep_supervision else 1
-        self.heads = nn.ModuleList(self._head(conv, width, out_channels) for width in features[:levels])
+        levels = self._levels(stages)[: None if deep_supervision else 1]
+        self.heads = nn.ModuleList(self._head(conv, level, out_channels) for level in levels)
         self.apply(initialise)
 
     @classmethod
@@ -136,20 +137,24 @@ class UNet(nn.Module):
         return cls(spatial_dims, in_channels, out_channels, features, **form)
 
     def _encoder_stage(
-        self, conv: Callable[..., nn.Module], channels: int, stage: Stage, downsampling: Literal["stride", "pool"]
+        self, conv: Callable[..., ConvBlock], channels: int, stage: Stage, downsampling: Literal["stride", "pool"]
     ) -> nn.Module:
         return ENCODER_STAGES[downsampling](conv, channels, stage)
 
-    def _build_decoder(self, conv: Callable[..., nn.Module], stages: Sequence[Stage], convs: int) -> None:
+    def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: int) -> None:
         """The modules of the decoder, highest resolution first."""
         self.upsample, self.decoder = nn.ModuleList(), nn.ModuleList()
         ones = (1,) * self.spatial_dims
-        for high, low in zip(stages, stages[1:], strict=False):
+        for high, low in itertools.pairwise(stages):
             self.upsample.append(transposed(self.spatial_dims)(low.features, high.features, low.stride, low.stride))
             self.decoder.append(conv_stage(conv, 2 * high.features, high._replace(stride=ones, convs=convs)))
 
-    def _head(self, conv: Callable[..., nn.Module], width: int, out_channels: int) -> nn.Module:
-        return convolution(self.spatial_dims)(width, out_channels, 1)
+    def _levels(self, stages: Sequence[Stage]) -> list[Stage]:
+        """The stages whose features ``decode`` returns, in its order."""
+        return list(stages[:-1])
+
+    def _head(self, conv: Callable[..., ConvBlock], level: Stage, out_channels: int) -> nn.Module:
+        return convolution(self.spatial_dims)(level.features, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits of a batch; see the class for shapes."""
