@@ -1,4 +1,4 @@
-"""How well a prediction agrees with its reference: Dice, NSD, HD95 and volumes, with every empty case defined.
+"""How well a prediction agrees with its reference: Dice, NSD, HD95, volumes and single objects; empty cases defined.
 
 One pass over a pair serves all labels: a joint histogram gives overlaps and volumes, and surfaces are looked at only
 in the box around each structure. Surfaces are those of google-deepmind/surface-distance (Nikolov et al.,
@@ -13,8 +13,10 @@ Distances run along the voxel axes with their spacing: on a sheared grid they ar
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -119,6 +121,22 @@ def score_pair(
     return tuple(_score(pair, name, members, tolerance_mm) for name, members in _structures(labels).items())
 
 
+def class_dice(
+    prediction: NDArray[Any], reference: NDArray[Any], labels: Labels, where: object = "mask"
+) -> tuple[float | None, ...]:
+    """The Dice of each class as ``score_pair`` gives it, without the surfaces that take most of its time.
+
+    Raises:
+        GeometryMismatch: the shapes differ.
+        InputError: a value without a name.
+    """
+    if prediction.shape != reference.shape:
+        raise GeometryMismatch(where, f"has shape {prediction.shape}", f"{reference.shape} as the reference")
+    joint = _histogram(*_indices(prediction, reference, labels, where), labels.count)
+    sizes = joint.sum(axis=0) + joint.sum(axis=1)
+    return tuple(float(2 * joint[n, n] / sizes[n]) if sizes[n] else None for n in range(1, labels.count))
+
+
 def score_failure(
     reference: NDArray[Any], geometry: Geometry, labels: Labels, where: object = "reference"
 ) -> tuple[ClassScore, ...]:
@@ -161,11 +179,7 @@ class _Pair:
     def of(
         cls, prediction: NDArray[Any], reference: NDArray[Any], geometry: Geometry, labels: Labels, where: object
     ) -> _Pair:
-        r = labels.to_indices(reference, f"reference of {where}")
-        p = labels.to_indices(prediction, where)
-        if labels.ignore_index is not None:
-            p[(p == labels.ignore_index) | (r == labels.ignore_index)] = 0
-            r[r == labels.ignore_index] = 0
+        r, p = _indices(prediction, reference, labels, where)
         boxes = tuple([None, *scipy.ndimage.find_objects(array, max_label=labels.count - 1)] for array in (r, p))
         return cls(p, r, geometry, _histogram(r, p, labels.count), boxes)  # type: ignore[arg-type]
 
@@ -176,6 +190,18 @@ class _Pair:
         box = Box(tuple(corners[..., 0].min(axis=0)), tuple(corners[..., 1].max(axis=0)))
         chosen = np.isin(np.arange(len(self.joint)), members)
         return chosen[self.reference[box.slices]], chosen[self.prediction[box.slices]]
+
+
+def _indices(
+    prediction: NDArray[Any], reference: NDArray[Any], labels: Labels, where: object
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Reference and prediction as indices 0..n, background in both where either is to be ignored."""
+    r = labels.to_indices(reference, f"reference of {where}")
+    p = labels.to_indices(prediction, where)
+    if labels.ignore_index is not None:
+        p[(p == labels.ignore_index) | (r == labels.ignore_index)] = 0
+        r[r == labels.ignore_index] = 0
+    return r, p
 
 
 def _histogram(first: NDArray[np.uint8], second: NDArray[np.uint8], n: int) -> NDArray[np.int64]:
@@ -324,3 +350,113 @@ def _area_vectors() -> Float:
                 for same in (code, 255 - code):
                     table[same, : len(vectors)] = np.array(vectors)[:, axes] / 8.0
     return table
+
+
+# ---- single objects --------------------------------------------------------------------------------------------------
+
+IOU_THRESHOLDS = tuple(twentieths / 20 for twentieths in range(10, 20))
+"""0.5, 0.55, ... 0.95, those of the Data Science Bowl 2018."""
+
+INSTANCE_DEFINITIONS = {
+    "match": "an object of the prediction and one of the reference whose intersection over union (IoU) is more than "
+    "the threshold; one of exactly the threshold is none. From 0.5 on, an object has one match at most",
+    "dice": "of all objects united",
+    "f1": "2 TP / (2 TP + FP + FN) at IoU 0.5, TP being the matches, FP and FN the objects without one",
+    "average_precision": "TP / (TP + FP + FN), mean over the thresholds 0.5 to 0.95, as in the Data Science Bowl 2018",
+    "segmentation_quality": "mean IoU of the matches at IoU 0.5; 0 where there are none (Kirillov et al. 2019)",
+    "panoptic_quality": "segmentation_quality times f1, which is their recognition quality",
+    "both empty": "every score undefined: left out of the means, and counted",
+    "one empty": "every score 0",
+}
+"""What each number of an ``InstanceScore`` means."""
+
+
+class InstanceMeasures(Record):
+    """How well single objects agree, 0 to 1; None where there is nothing to score. See ``INSTANCE_DEFINITIONS``."""
+
+    dice: float | None = None
+    f1: float | None = None
+    average_precision: float | None = None
+    segmentation_quality: float | None = None
+    panoptic_quality: float | None = None
+
+
+class InstanceScore(InstanceMeasures):
+    """The agreement of the single objects in one image; every measure is None where both are empty.
+
+    Attributes:
+        n_reference, n_predicted: objects.
+        matches: at each of ``IOU_THRESHOLDS``.
+    """
+
+    n_reference: int
+    n_predicted: int
+    matches: tuple[int, ...]
+
+
+class InstanceMeans(InstanceMeasures):
+    """Means over the images that have objects, in the reference or the prediction; each image has the same weight.
+
+    Attributes:
+        n: images that count.
+        n_empty: left out: both empty.
+    """
+
+    n: int
+    n_empty: int
+
+    @classmethod
+    def of(cls, scores: Iterable[InstanceScore]) -> InstanceMeans:
+        """The means of the scores of some images."""
+        everything = list(scores)
+        counted = [score for score in everything if score.n_reference or score.n_predicted]
+        means = {}
+        if counted:
+            means = {name: fmean(getattr(s, name) for s in counted) for name in InstanceMeasures.model_fields}
+        return cls(n=len(counted), n_empty=len(everything) - len(counted), **means)
+
+
+def score_instances(prediction: NDArray[Any], reference: NDArray[Any], where: object = "prediction") -> InstanceScore:
+    """Score the single objects of one image.
+
+    Args:
+        prediction: ids, any shape; 0 is background, any other integer an object.
+        reference: ids, the same shape.
+        where: the prediction's name, for messages.
+
+    Raises:
+        GeometryMismatch: the shapes differ.
+    """
+    if prediction.shape != reference.shape:
+        raise GeometryMismatch(where, f"has shape {prediction.shape}", f"{reference.shape} as the reference")
+    both, sizes_r, sizes_p = _overlaps(reference, prediction)
+    union = sizes_r[:, np.newaxis] + sizes_p - both
+    matches = tuple(int((20 * both > n * union).sum()) for n in range(10, 20))  # IOU_THRESHOLDS, exact in integers
+    objects = len(sizes_r) + len(sizes_p)
+    if not objects:
+        return InstanceScore(n_reference=0, n_predicted=0, matches=matches)
+    matched = 2 * both > union
+    f1 = 2 * matches[0] / objects
+    quality = float((both[matched] / union[matched]).mean()) if matches[0] else 0.0
+    return InstanceScore(
+        n_reference=len(sizes_r),
+        n_predicted=len(sizes_p),
+        matches=matches,
+        dice=float(2 * both.sum() / (sizes_r.sum() + sizes_p.sum())),
+        f1=f1,
+        average_precision=fmean(n / (objects - n) for n in matches),
+        segmentation_quality=quality,
+        panoptic_quality=quality * f1,
+    )
+
+
+def _overlaps(
+    first: NDArray[Any], second: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """How many voxels each object of the first shares with each of the second, and the sizes of both; one histogram."""
+    marked = (first != 0) | (second != 0)
+    # a background voxel is added to both, so that each has that entry
+    (names_a, a), (names_b, b) = (np.unique(np.append(ids[marked], 0), return_inverse=True) for ids in (first, second))
+    joint = np.bincount(a * len(names_b) + b, minlength=len(names_a) * len(names_b)).reshape(len(names_a), -1)
+    rows, columns = names_a != 0, names_b != 0
+    return joint[np.ix_(rows, columns)], joint.sum(axis=1)[rows], joint.sum(axis=0)[columns]

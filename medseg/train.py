@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import io as text_io
+import itertools
 import math
 import os
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,8 +33,8 @@ from medseg.checkpoint import State, on_host, resume, save_checkpoint
 from medseg.dataset import Case
 from medseg.engines import choose_device, keep_freed_memory
 from medseg.errors import InputError, TrainingError
-from medseg.losses import build_loss
-from medseg.metrics import score_pair
+from medseg.losses import build_loss, build_target
+from medseg.metrics import class_dice
 from medseg.networks import build_network
 from medseg.optimisers import build_optimiser, learning_rate_factor
 from medseg.package import FoldRecord
@@ -72,8 +73,12 @@ class TrainSettings(Record):
         seed: of weights, batches and augmentation.
         deterministic: only deterministic kernels, also on a GPU.
         iterations: length in steps.
-        epochs: length in passes: as many steps as there are training cases over the batch size.
+        epochs: length in passes: as many steps as there are training cases over the samples of a step.
         time_budget_s: length in seconds of training; learning rate and end follow the clock.
+        accumulate: batches of one step: the gradient is the mean of theirs, in the memory of one. With a loss and norms
+            that take each sample by itself (neither batch Dice nor batch norm), the step of a batch so many times
+            larger.
+        checkpointing: take less memory and more time: what the backward pass needs is computed again.
         patience: stop after so many validations without a better Dice, and keep the best weights; 0 never stops.
 
     At most one of ``iterations``, ``epochs`` and ``time_budget_s``; with none the plan's iterations.
@@ -86,6 +91,8 @@ class TrainSettings(Record):
     iterations: int | None = Field(default=None, gt=0)
     epochs: int | None = Field(default=None, gt=0)
     time_budget_s: float | None = Field(default=None, gt=0)
+    accumulate: int = Field(default=1, gt=0)
+    checkpointing: bool = False
     patience: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -124,7 +131,7 @@ class Budget:
         """The budget of the settings, or the plan's."""
         if settings.time_budget_s is not None:
             return cls(None, settings.time_budget_s)
-        epoch = math.ceil(cases / configuration.batch_size)
+        epoch = math.ceil(cases / (configuration.batch_size * settings.accumulate))
         if settings.epochs is not None:
             return cls(settings.epochs * epoch, None)
         return cls(settings.iterations or configuration.training.iterations, None)
@@ -167,7 +174,9 @@ class Job:
 
     def network(self) -> nn.Module:
         """The network, freshly initialised."""
-        return build_network(self.setup, len(self.plan.channels), self.plan.labels.count)
+        return build_network(
+            self.setup, len(self.plan.channels), self.plan.labels.count, checkpointing=self.settings.checkpointing
+        )
 
 
 def train_fold(job: Job, progress: Progress = silent) -> FoldRecord:
@@ -204,8 +213,7 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
     if training.average:
         state.average = {name: tensor.detach().clone() for name, tensor in state.network.state_dict().items()}
     resume(state, job.folder / CHECKPOINT, job.key)  # now that all is on the device, where an optimiser loads its state
-    levels = len(setup.network.features) - 1 if setup.network.deep_supervision else 1
-    loss_of = build_loss("dice_ce", batch=setup.batch_dice, ignore_index=job.plan.labels.ignore_index, levels=levels)
+    loss_of = _loss(job)
     groups = state.optimiser.param_groups
     rates = [group["lr"] for group in groups]
     start = time.monotonic() - state.seconds
@@ -215,17 +223,20 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
     workers = 0 if fabric.device.type == "cpu" else min(8, torch.get_num_threads())
     with (
         _tensorboard(job.folder, state.iteration) as writer,
-        contextlib.closing(batches(job.cases, setup, job.settings.seed, state.iteration, workers)) as source,
+        contextlib.closing(_batches(job, state.iteration, workers)) as source,
     ):
         while (before := budget.done(state.iteration, state.seconds)) < 1 and not _out_of_patience(state, job):
-            batch = next(source)
-            factor = learning_rate_factor(training, state.iteration, before)
+            losses = [float(row["loss"] or 0) for row in state.rows]
+            factor = learning_rate_factor(training, state.iteration, before, losses)
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * factor
-            loss = loss_of(network(batch.images.to(fabric.device)), batch.labels.to(fabric.device))
-            state.losses.append(_finite(loss, state, batch))
             optimiser.zero_grad()
-            fabric.backward(loss)
+            parts = []
+            for batch in itertools.islice(source, job.settings.accumulate):
+                loss = loss_of(network(batch.images.to(fabric.device)), batch.labels.to(fabric.device))
+                parts.append(_finite(loss, state, batch))
+                fabric.backward(loss / job.settings.accumulate)
+            state.losses.append(float(np.mean(parts)))
             fabric.clip_gradients(network, optimiser, max_norm=training.gradient_clip, error_if_nonfinite=False)
             optimiser.step()
             _update_average(state, training.average)
@@ -244,6 +255,21 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
                 save_at = state.seconds + max(CHECKPOINT_SECONDS, CHECKPOINT_PAUSE * took)
 
 
+def _loss(job: Job) -> Callable[[Tensor | list[Tensor], Tensor], Tensor]:
+    """The loss of the plan, for what its network gives."""
+    setup = job.setup
+    levels = len(setup.network.features) - 1 if setup.network.deep_supervision else 1
+    ignore = job.plan.labels.ignore_index
+    return build_loss(setup.training.loss, batch=setup.batch_dice, ignore_index=ignore, levels=levels)
+
+
+def _batches(job: Job, step: int, workers: int) -> Generator[Batch, None, None]:
+    """The batches from a step on: numbered from the first of the training, so that a step's are always the same."""
+    labels = job.plan.labels
+    target_of = build_target(job.setup.training.loss, classes=labels.count, ignore_index=labels.ignore_index)
+    return batches(job.cases, job.setup, job.settings.seed, step * job.settings.accumulate, workers, target_of)
+
+
 def _passes(before: float, done: float, parts: int) -> bool:
     """Whether a step went past one of so many even parts of the budget; those passed while validating are left out."""
     return math.floor(done * parts) > math.floor(before * parts)
@@ -252,7 +278,7 @@ def _passes(before: float, done: float, parts: int) -> bool:
 def validation_dice(
     network: nn.Module, plan: Plan, setup: Configuration, case: Case, prepared: PreparedCase, device: torch.device
 ) -> float | None:
-    """Mean Dice over the classes (regions left out) of one whole case at native spacing, by the path of prediction.
+    """Mean Dice over the classes of one whole case at native spacing, by the path of prediction.
 
     None where neither the reference nor the prediction has any class.
     """
@@ -261,8 +287,7 @@ def validation_dice(
     image = np.asarray(prepared.image, dtype=np.float32)
     mask = restore(slabs([network], image, setup.patch_size, device=device), prepared.record.trace, plan.labels)
     reference = io.read_mask(case.label, plan.labels)
-    scores = score_pair(mask, reference.array, reference.geometry, plan.labels, tolerance_mm=1.0, where=case.id)
-    dices = [score.dice for score in scores[: len(plan.labels.values)] if score.dice is not None]
+    dices = [dice for dice in class_dice(mask, reference.array, plan.labels, case.id) if dice is not None]
     return float(np.mean(dices)) if dices else None
 
 
@@ -301,7 +326,8 @@ def _affordable(state: State, job: Job, budget: Budget) -> list[tuple[Case, Prep
     left = VALIDATION_SHARE * steps / VALIDATIONS
     chosen: list[tuple[Case, PreparedCase]] = []
     for case, prepared in job.validation[:VALIDATION_CASES]:
-        cost = tile_count(prepared.indices.shape, job.setup.patch_size) / (3 * job.setup.batch_size)
+        tiles = tile_count(prepared.indices.shape, job.setup.patch_size)
+        cost = tiles / (3 * job.setup.batch_size * job.settings.accumulate)
         first = not chosen and (job.settings.patience > 0 or cost <= VALIDATION_LIMIT * steps / VALIDATIONS)
         if not first and cost > left:
             break

@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from medseg.errors import GeometryMismatch, InputError
 from medseg.geometry import Geometry
 from medseg.io import read_mask
-from medseg.metrics import ClassScore, SurfaceDistances, score_failure, score_pair, surface_distances
+from medseg.metrics import (
+    IOU_THRESHOLDS,
+    ClassScore,
+    InstanceMeans,
+    InstanceMeasures,
+    SurfaceDistances,
+    class_dice,
+    score_failure,
+    score_instances,
+    score_pair,
+    surface_distances,
+)
 from medseg.volume import Labels
 
 ONE = Labels(values={"organ": 1})
@@ -381,3 +392,123 @@ def _surface_corners(mask: Mask) -> list[tuple[int, ...]]:
         for corner in itertools.product(*(range(n + 1) for n in mask.shape))
         if 0 < padded[tuple(slice(c, c + 2) for c in corner)].sum() < 8
     ]
+
+
+@given(st.integers(0, 1000), st.booleans())
+def test_dice_alone_is_that_of_the_scores(seed: int, ignoring: bool) -> None:
+    labels = Labels(values={"a": 1, "b": 2, "absent": 9}, ignore=4 if ignoring else None)
+    rng = np.random.default_rng(seed)
+    prediction, reference = rng.choice([0, 1, 2, 4] if ignoring else [0, 1, 2], (2, 5, 4, 3)).astype(np.uint8)
+    expected = tuple(score.dice for score in score_pair(prediction, reference, grid((5, 4, 3)), labels, 1.0))
+    assert class_dice(prediction, reference, labels) == expected
+    assert expected[2] is None
+
+
+def test_dice_alone_by_hand_and_of_two_shapes() -> None:
+    half = boxes((7, 7, 7), (1, np.s_[2:5, 2:5, 2:4]))
+    assert class_dice(half, CUBE, ONE) == (2 * 18 / (27 + 18),)
+    with pytest.raises(GeometryMismatch, match="has shape"):
+        class_dice(CUBE[1:], CUBE, ONE)
+
+
+# ---- single objects --------------------------------------------------------------------------------------------------
+
+
+def row(*ids: int) -> NDArray[np.int64]:
+    return np.array(ids).reshape(-1, 1, 1)
+
+
+def test_objects_of_a_row_by_hand() -> None:
+    # reference   1 1 1 1 . 2 2 2 . .     1 and 5 share 3 of 4 voxels: IoU 3/4, a match up to 0.7
+    # prediction  5 5 5 . . . 6 6 6 .     2 and 6 share 2 of 4 voxels: IoU 1/2, which is not more than 0.5
+    score = score_instances(row(5, 5, 5, 0, 0, 0, 6, 6, 6, 0), row(1, 1, 1, 1, 0, 2, 2, 2, 0, 0))
+    assert (score.n_reference, score.n_predicted) == (2, 2)
+    assert score.matches == (1, 1, 1, 1, 1, 0, 0, 0, 0, 0)  # 3/4 is more than 0.7 and not more than 0.75
+    assert score.dice == pytest.approx(2 * 5 / (7 + 6))
+    assert score.f1 == pytest.approx(2 * 1 / (2 + 2))
+    assert score.average_precision == pytest.approx(5 * (1 / 3) / 10)  # 1 TP, 1 FP, 1 FN at five thresholds of ten
+    assert score.segmentation_quality == pytest.approx(3 / 4)
+    assert score.panoptic_quality == pytest.approx(3 / 4 * 1 / 2)
+
+
+def test_equal_objects_are_perfect_and_a_merged_pair_is_one_error_of_each_kind() -> None:
+    # Two touching cells of 3 and 1 voxels: as one object of 4 it matches the larger (IoU 3/4), and misses the smaller.
+    reference = row(1, 1, 1, 2, 0)
+    assert score_instances(reference * 7, reference).model_dump() == {
+        "dice": 1.0,
+        "f1": 1.0,
+        "average_precision": 1.0,
+        "segmentation_quality": 1.0,
+        "panoptic_quality": 1.0,
+        "n_reference": 2,
+        "n_predicted": 2,
+        "matches": (2,) * 10,
+    }
+    merged = score_instances(row(1, 1, 1, 1, 0), reference)
+    assert (merged.dice, merged.f1, merged.matches[0]) == (1.0, pytest.approx(2 / 3), 1)
+    assert merged.average_precision == pytest.approx(5 * (1 / 2) / 10)  # 1 TP, 0 FP, 1 FN
+
+
+def test_a_match_needs_more_than_the_threshold_to_the_last_voxel() -> None:
+    # IoU 19/20, which floating point makes 0.95 or more or less, is a match at 0.9 and none at 0.95.
+    reference, prediction = np.ones((20, 1, 1), int), np.ones((20, 1, 1), int)
+    prediction[0] = 0
+    assert score_instances(prediction, reference).matches == (1,) * 9 + (0,)
+
+
+def test_empty_images_of_objects() -> None:
+    nothing, something = row(0, 0), row(0, 4)
+    both = score_instances(nothing, nothing)
+    assert (both.n_reference, both.n_predicted, both.matches) == (0, 0, (0,) * 10)
+    measures_of = [InstanceMeasures.model_validate(both.model_dump(include=set(InstanceMeasures.model_fields)))]
+    assert measures_of == [InstanceMeasures()]
+    for score in (score_instances(nothing, something), score_instances(something, nothing)):
+        assert (score.dice, score.f1, score.average_precision) == (0.0, 0.0, 0.0)
+        assert (score.segmentation_quality, score.panoptic_quality) == (0.0, 0.0)
+
+
+def test_means_leave_out_what_is_empty_in_both_and_count_it() -> None:
+    nothing, something = row(0, 0), row(0, 4)
+    pairs = [(nothing, nothing), (nothing, something), (something, something)]
+    means = InstanceMeans.of(score_instances(*pair) for pair in pairs)
+    assert (means.n, means.n_empty, means.dice, means.f1, means.panoptic_quality) == (2, 1, 0.5, 0.5, 0.5)
+    alone = InstanceMeans.of([score_instances(nothing, nothing)])
+    assert alone == InstanceMeans(n=0, n_empty=1)
+
+
+def test_objects_of_two_shapes_are_refused() -> None:
+    with pytest.raises(GeometryMismatch, match="has shape"):
+        score_instances(row(1, 2), row(1, 2, 3))
+
+
+ids = st.lists(st.integers(0, 4), min_size=12, max_size=12).map(lambda values: row(*values))
+
+
+@given(ids, ids, st.permutations([-7, 1, 3, 999]), st.permutations([2, 5, 70000, 6]))
+def test_other_numbers_of_the_objects_change_nothing(
+    prediction: NDArray[np.int64], reference: NDArray[np.int64], first: list[int], second: list[int]
+) -> None:
+    renamed = score_instances(np.array([0, *first])[prediction], np.array([0, *second])[reference])
+    score = score_instances(prediction, reference)
+    assert renamed.model_dump() == pytest.approx(score.model_dump())
+
+
+@given(ids, ids)
+def test_objects_scored_one_by_one_give_the_same(prediction: NDArray[np.int64], reference: NDArray[np.int64]) -> None:
+    score = score_instances(prediction, reference)
+    pairs = itertools.product(set(reference.flat) - {0}, set(prediction.flat) - {0})
+    ious = [
+        ((reference == r) & (prediction == p)).sum() / ((reference == r) | (prediction == p)).sum() for r, p in pairs
+    ]
+    assert score.matches == tuple(sum(iou > threshold + 1e-9 for iou in ious) for threshold in IOU_THRESHOLDS)
+    assert score.matches[0] <= min(score.n_reference, score.n_predicted)
+
+
+def test_one_square_split_in_a_volume() -> None:
+    reference, prediction = np.zeros((4, 4, 2), int), np.zeros((4, 4, 2), int)
+    reference[1:, 1:, :] = 1  # 18 voxels
+    prediction[1:3, 1:, :], prediction[3:, 1:, :] = 1, 2  # 12 and 6 of them
+    score = score_instances(prediction, reference)
+    assert (score.n_predicted, score.matches) == (2, (1,) * 4 + (0,) * 6)  # 2/3 is more than 0.65
+    assert score.f1 == pytest.approx(2 / 3)
+    assert score.segmentation_quality == pytest.approx(2 / 3)

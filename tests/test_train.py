@@ -23,10 +23,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medseg import checkpoint, io, train
+from medseg import checkpoint, io, optimisers, patches, train
 from medseg.dataset import Dataset
-from medseg.errors import InputError, TrainingError
+from medseg.errors import InputError, PlanError, TrainingError
 from medseg.evaluate import evaluate_cases
+from medseg.losses import LOSSES
 from medseg.package import FoldRecord, load_package, save_package
 from medseg.patches import Batch, PreparedCase, prepare_cases
 from medseg.pipeline import RunResult
@@ -122,7 +123,7 @@ def saving(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("average", [0, 0.9])
-@pytest.mark.parametrize(("optimiser", "stop"), [("sgd", 3), ("adamw", 7), ("muon", 4)])
+@pytest.mark.parametrize(("optimiser", "stop"), [("sgd", 3), ("adam", 5), ("adamw", 7), ("muon", 4)])
 def test_interrupted_training_gives_the_same_weights(
     tiny_job: Job,
     optimiser: str,
@@ -139,6 +140,23 @@ def test_interrupted_training_gives_the_same_weights(
     assert trained(job, tmp_path / "broken", stop) == whole
     assert saving == [0, 0, stop - 1], "it went on from the step before"
     assert [row["iteration"] for row in rows(tmp_path / "broken")] == [str(n) for n in range(1, 9)]
+
+
+def test_interrupted_training_on_a_plateau_with_accumulation_gives_the_same_weights(
+    tiny_job: Job, saving: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plateau knows of the losses before the interruption: the learning rate falls at the same steps."""
+    monkeypatch.setattr(optimisers, "PLATEAU_PATIENCE", 0)
+    job = planned(chosen(tiny_job, iterations=8, accumulate=2), schedule="plateau", loss="boundary", warmup=0)
+    whole = trained(job, tmp_path / "whole")
+    assert trained(job, tmp_path / "broken", 3, 6) == whole
+    assert saving == [0, 0, 2, 5]
+    tables = [[row | {"seconds": ""} for row in rows(tmp_path / name)] for name in ("whole", "broken")]
+    assert tables[0] == tables[1]
+    rates, losses = ([float(row[name]) for row in tables[0]] for name in ("learning_rate", "loss"))
+    expected = [job.setup.training.learning_rate * optimisers.plateau_factor(losses[:n]) for n in range(8)]
+    assert rates == pytest.approx(expected)
+    assert rates[-1] < rates[0], "it did fall"
 
 
 def test_interrupted_anywhere_and_often(tiny_job: Job, tmp_path: Path) -> None:
@@ -246,6 +264,71 @@ def test_the_seed_decides(tiny_job: Job, tmp_path: Path) -> None:
         for name, seed in zip("abc", (1, 1, 2), strict=True)
     ]
     assert weights[0] == weights[1] != weights[2]
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_batches_of_a_step_are_one_of_twice_the_size(
+    tiny_job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With Dice of each sample; batches 0 and 1 make the first step, 2 and 3 the second."""
+    job = planned(tiny_job, optimiser="sgd", batch_dice="false", average=0, gradient_clip=1e9, learning_rate=0.1)
+    trained(chosen(job, iterations=2, accumulate=2), tmp_path / "two")
+
+    def joined(*arguments: Any) -> Iterator[Batch]:
+        drawn = patches.batches(*arguments)
+        while True:
+            first, second = next(drawn), next(drawn)
+            yield Batch(*(torch.cat([a, b]) for a, b in ((first.images, second.images), (first.labels, second.labels))))
+
+    monkeypatch.setattr(train, "batches", joined)
+    trained(chosen(job, iterations=2), tmp_path / "one")
+    before = {name: tensor.clone() for name, tensor in started(job).items()}
+    two, one = (safetensors.torch.load_file(tmp_path / name / WEIGHTS) for name in ("two", "one"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
+    assert any((one[name] - before[name]).abs().max() > 1e-3 for name in one), "a step that can be seen"
+    assert [float(row["loss"]) for row in rows(tmp_path / "two")] == pytest.approx(
+        [float(row["loss"]) for row in rows(tmp_path / "one")], abs=1e-5
+    )
+
+
+def started(job: Job) -> dict[str, torch.Tensor]:
+    """The weights that a job starts from."""
+    torch.manual_seed(job.settings.seed)
+    return job.network().state_dict()
+
+
+def test_the_steps_of_a_training_that_accumulates_are_counted_in_steps(tiny_job: Job, tmp_path: Path) -> None:
+    setup = tiny_job.setup.model_copy(update={"batch_size": 3})
+    assert Budget.of(TrainSettings(epochs=4, accumulate=2), setup, 7) == Budget(8, None), "4 passes of 6 and 1 samples"
+    assert Budget.of(TrainSettings(iterations=5, accumulate=2), setup, 7) == Budget(5, None)
+    assert train_fold(into(chosen(tiny_job, iterations=3, accumulate=3), tmp_path)).iterations == 3
+    assert [row["iteration"] for row in rows(tmp_path)] == ["1", "2", "3"]
+
+
+def test_checkpointing_changes_the_memory_alone(tiny_job: Job, tmp_path: Path) -> None:
+    assert chosen(tiny_job, iterations=2).key != chosen(tiny_job, iterations=2, checkpointing=True).key
+    for name, wanted in (("with", True), ("without", False)):
+        trained(chosen(tiny_job, iterations=2, checkpointing=wanted), tmp_path / name)
+    first, second = (safetensors.torch.load_file(tmp_path / name / WEIGHTS) for name in ("with", "without"))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains(tiny_job: Job, name: str, tmp_path: Path) -> None:
+    job = into(planned(chosen(tiny_job, iterations=2), loss=name, optimiser="adam"), tmp_path)
+    train_fold(job)
+    before, after = started(job), safetensors.torch.load_file(tmp_path / WEIGHTS)
+    assert any((after[key] - before[key]).abs().max() > 1e-6 for key in after)
+
+
+def test_a_loss_that_does_not_exist_is_refused(tiny_job: Job, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no loss 'mse'"):
+        train_fold(into(planned(tiny_job, loss="mse"), tmp_path))
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
