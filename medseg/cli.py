@@ -90,6 +90,13 @@ Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only deter
 Patience = Annotated[
     int, typer.Option(metavar="N", help="Stop after so many validations without gain; 0 never.", min=0)
 ]
+Accumulate = Annotated[int, typer.Option(metavar="N", help="Batches of one training step.", min=1)]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Train in less memory, and longer: compute activations again.")
+]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", metavar="NAME", help="Plan settings that go together, as classic.")
+]
 MemoryBudget = Annotated[str, typer.Option(metavar="SIZE", help="What a training step may take, as 6GB or 900MB.")]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="plan.FIELD=VALUE", help="Change a plan field; may be repeated.")
@@ -223,6 +230,7 @@ class _Show:
         "medseg run Task04_Hippocampus --time-budget 10m                # fold 0, ten minutes",
         "medseg run Task04_Hippocampus --folds all --memory-budget 6GB",
         "medseg run Task09_Spleen -c 3d_lowres --set plan.batch_size=4 -o spleen",
+        "medseg run Task09_Spleen --recipe classic --set plan.loss=cldice -o classic",
     )
 )
 @_command
@@ -235,11 +243,14 @@ def run(
     epochs: Epochs = None,
     iterations: Iterations = None,
     patience: Patience = 0,
+    accumulate: Accumulate = 1,
+    checkpointing: Checkpointing = False,
     device: Device = "auto",
     precision: Precision = "auto",
     seed: Seed = 0,
     deterministic: Deterministic = False,
     memory_budget: MemoryBudget = "8GB",
+    recipe: RecipeName = None,
     overrides: Overrides = [],  # noqa: B006 - Typer needs a list, and copies it
     tolerance_mm: Tolerance = 1.0,
     mirror: Mirror = False,
@@ -252,11 +263,15 @@ def run(
     Checks the data, plans, prepares, trains, packages, predicts the cases that each fold did not train on, and scores
     them. Run it again to go on after an interruption: what is done and still valid is skipped.
     """
+    from medseg.recipe import settings_of
+
     training = _train_settings(
         time_budget=time_budget,
         epochs=epochs,
         iterations=iterations,
         patience=patience,
+        accumulate=accumulate,
+        checkpointing=checkpointing,
         device=device,
         precision=precision,
         seed=seed,
@@ -271,7 +286,7 @@ def run(
         train=training,
         memory_budget_mb=_megabytes(memory_budget),
         tolerance_mm=tolerance_mm,
-        overrides=overrides,
+        overrides=[*settings_of(recipe), *overrides],
         mirror=mirror,
         skip_bad_cases=skip_bad_cases,
     )
@@ -371,6 +386,7 @@ def plan(
     configuration: Configuration = None,
     device: Annotated[str, typer.Option(help="What to plan for: auto, cpu or cuda, also on another machine.")] = "auto",
     memory_budget: MemoryBudget = "8GB",
+    recipe: RecipeName = None,
     overrides: Overrides = [],  # noqa: B006 - Typer needs a list, and copies it
     skip_bad_cases: SkipBadCases = False,
     verbose: Verbose = False,
@@ -383,13 +399,14 @@ def plan(
     """
     from medseg.dataset import Dataset
     from medseg.pipeline import check_station, plan_station, writing_to
+    from medseg.recipe import settings_of
 
     target = out or _default_out(dataset)
     budget = _megabytes(memory_budget)
     opened = Dataset.open(dataset)
     with writing_to(target), _Show(quiet) as show:
         data, _ = check_station(opened, target, skip_bad_cases, show)
-        made = plan_station(data, target, device, budget, configuration, overrides, show)
+        made = plan_station(data, target, device, budget, configuration, [*settings_of(recipe), *overrides], show)
     _print_plan(made, target)
 
 
@@ -409,6 +426,8 @@ def train(
     epochs: Epochs = None,
     iterations: Iterations = None,
     patience: Patience = 0,
+    accumulate: Accumulate = 1,
+    checkpointing: Checkpointing = False,
     device: Device = "auto",
     precision: Precision = "auto",
     seed: Seed = 0,
@@ -432,6 +451,8 @@ def train(
         epochs=epochs,
         iterations=iterations,
         patience=patience,
+        accumulate=accumulate,
+        checkpointing=checkpointing,
         device=device,
         precision=precision,
         seed=seed,
@@ -470,8 +491,8 @@ def predict(
 ) -> None:
     """Segment images with a model package.
 
-    Each mask CASE.nii.gz lies on its image's own grid. Several channels are one 4-D file, or files CASE_0000,
-    CASE_0001. Masks that are there, made from the same image and model, are kept. Exit code 3 when cases failed; the
+    Each mask CASE.nii.gz (of a picture CASE.png or .tif) lies on its image's own grid. Several channels are one 4-D
+    file, or files CASE_0000, CASE_0001. Masks that are there, made from the same image and model, are kept. Exit code 3 when cases failed; the
     reasons are in cases.csv.
     """
     from medseg.io import suffix_of

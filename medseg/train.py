@@ -354,7 +354,10 @@ def _update_average(state: State, decay: float) -> None:
     share = 1 - min(decay, (state.iteration + 1) / (state.iteration + 10))
     with torch.no_grad():
         for name, tensor in state.network.state_dict().items():
-            state.average[name].lerp_(tensor, share)
+            if tensor.is_floating_point():
+                state.average[name].lerp_(tensor, share)
+            else:  # a batch norm's count of batches
+                state.average[name].copy_(tensor)
 
 
 def _finite(loss: Tensor, state: State, batch: Batch) -> float:

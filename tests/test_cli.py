@@ -23,7 +23,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import medseg
-from medseg import cli
+from medseg import cli, pipeline, train
 from medseg.cli import app
 from medseg.errors import InputError, TrainingError
 from medseg.phantom import make_dataset
@@ -479,3 +479,61 @@ def test_a_training_that_is_interrupted_ends_with_130_and_goes_on(
     assert result.exit_code == 0, result.stderr
     assert "checking" not in result.stderr  # was done before
     assert not list(out.rglob(".medseg-tmp-*"))
+
+
+# Recipes and the settings of training
+
+
+def test_a_recipe_is_planned_trained_interrupted_and_goes_on(
+    phantom_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's settings come after the recipe's; a run that was cut short ends with the weights of a whole one."""
+    words = ["--recipe", "classic", *set_options(tiny_overrides), "--iterations", "4", "--accumulate", "2"]
+    words += ["--checkpointing", "--device", "cpu"]
+    assert medseg_("run", phantom_dataset, "-o", tmp_path / "whole", *words).exit_code == 0
+    setup = Plan.load(tmp_path / "whole" / "plan.json").configuration("3d_fullres")
+    assert (setup.batch_size, setup.network.norm, setup.training.loss) == (2, "batch", "bce_dice")
+
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(train, "CHECKPOINT_PAUSE", 0.0)
+    save = train.save_checkpoint
+
+    def save_and_stop(state: Any, path: Path, key: str) -> None:
+        save(state, path, key)
+        if state.iteration == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_stop)
+    assert medseg_("run", phantom_dataset, "-o", tmp_path / "broken", *words).exit_code == 130
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert medseg_("run", phantom_dataset, "-o", tmp_path / "broken", *words).exit_code == 0
+    weights = [(tmp_path / name / "training" / "fold_0" / train.WEIGHTS).read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+    assert "training goes on from step 2" in (tmp_path / "broken" / "log.txt").read_text()
+
+
+def test_a_recipe_is_planned_and_an_unknown_one_refused(phantom_dataset: Path, tmp_path: Path) -> None:
+    assert medseg_("plan", phantom_dataset, "-o", tmp_path, "--recipe", "classic").exit_code == 0
+    assert Plan.load(tmp_path / "plan.json").configuration("3d_fullres").training.schedule == "plateau"
+    for command in ("plan", "run"):
+        result = medseg_(command, phantom_dataset, "-o", tmp_path, "--recipe", "modern")
+        assert result.exit_code == 2
+        assert "recipe: there is no 'modern' (expected classic)" in result.stderr
+
+
+def test_accumulation_and_checkpointing_reach_the_training(
+    phantom_dataset: Path, tiny_run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Any] = []
+
+    def train_fold(job: Any, progress: Any) -> None:
+        jobs.append(job)
+        raise TrainingError("here", "stopped")
+
+    monkeypatch.setattr(pipeline, "train_fold", train_fold)
+    shutil.copytree(tiny_run.out, tmp_path, dirs_exist_ok=True)
+    words = ["--iterations", "3", "--accumulate", "5", "--checkpointing"]
+    assert medseg_("train", phantom_dataset, "-o", tmp_path, *words).exit_code == 1
+    assert medseg_("train", phantom_dataset, "-o", tmp_path, "--iterations", "3").exit_code == 1
+    assert [(job.settings.accumulate, job.settings.checkpointing) for job in jobs] == [(5, True), (1, False)]
+    assert medseg_("train", phantom_dataset, "-o", tmp_path, "--accumulate", "0").exit_code == 2

@@ -673,6 +673,14 @@ def test_the_average_moves_by_hand() -> None:
     assert state.average["weight"].item() == pytest.approx(0.901)
 
 
+def test_the_average_of_a_network_with_batch_norm(tiny_job: Job, tmp_path: Path) -> None:
+    """Counts of batches are no numbers to average: they are the last ones."""
+    trained(planned(chosen(tiny_job, iterations=3), norm="batch", average=0.9), tmp_path)
+    counts = [n for name, n in safetensors.torch.load_file(tmp_path / WEIGHTS).items() if name.endswith("tracked")]
+    assert counts
+    assert all(count.item() == 3 for count in counts)
+
+
 def test_resume_says_where_it_goes_on(
     tiny_job: Job, saving: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
