@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import typing
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,7 +22,16 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from medseg.errors import PlanError
 from medseg.fingerprint import Fingerprint, Intensities
-from medseg.plan import Configuration, ConfigurationName, NetworkPlan, Normalisation, Plan, Resampling, TrainingPlan
+from medseg.plan import (
+    RESENC_BLOCKS,
+    Configuration,
+    ConfigurationName,
+    NetworkPlan,
+    Normalisation,
+    Plan,
+    Resampling,
+    TrainingPlan,
+)
 from medseg.volume import Labels
 
 Float = NDArray[np.float64]
@@ -98,6 +107,8 @@ class _Reference:
 
 
 REFERENCES = {2: _Reference(2048, 8.5e7, 12), 3: _Reference(256, 5.6e8, 2)}
+RESIDUAL_REFERENCES = {2: _Reference(2048, 1.35e8, 12), 3: _Reference(256, 6.8e8, 2)}
+"""Those of nnU-Net's planner for ResEnc, chosen so that it has about the same configurations in as much memory."""
 REFERENCE_MEMORY_MB = 8192.0
 MIN_BATCH = 2
 MAX_COVERAGE = 0.05
@@ -117,6 +128,7 @@ MIRROR_AGREEMENT = 0.2
 
 _SCHEMES: Mapping[str, Literal["ct", "none", "minmax", "rgb"]] = {
     "ct": "ct",
+    "reflectance": "ct",
     "nonorm": "none",
     "rescale_to_0_1": "minmax",
     "rgb_to_0_1": "rgb",
@@ -139,7 +151,7 @@ def make_plan(
     Args:
         fingerprint: of the training cases.
         dataset_name: for people.
-        channels: names, which choose the normalisation ("CT" and the names of nnU-Net are known).
+        channels: names, which choose the normalisation ("CT", "reflectance" and the names of nnU-Net are known).
         labels: what is segmented.
         device: ``gpu`` follows nnU-Net's rules, ``cpu`` the smaller recipe.
         memory_budget_mb: what one training step may take, on the scale on which nnU-Net's reference takes 8192 MB.
@@ -258,7 +270,7 @@ def _normalisation(index: int, name: str, fingerprint: Fingerprint, reasons: dic
 
 def _ct(name: str, found: Intensities, reasons: dict[str, str], key: str) -> Normalisation:
     reasons[key] = (
-        f"Channel {name!r} is in Hounsfield units, which mean the same in every image: clipped to the foreground's "
+        f"Channel {name!r} has a unit that means the same in every image: clipped to the foreground's "
         f"percentiles 0.5 and 99.5 ({found.percentile_00_5:.4g} to {found.percentile_99_5:.4g}), less its mean "
         f"{found.mean:.4g}, over its standard deviation {found.std:.4g}."
     )
@@ -312,11 +324,89 @@ def topology(spacing: Sequence[float] | Float, patch: Sequence[float] | NDArray[
     return Topology(_integers(padded), tuple(map(_integers, strides)), tuple(map(_integers, kernels)))
 
 
-def feature_values(shape: Topology, features: Sequence[int], convs: int, classes: int) -> float:
-    """Numbers in all feature maps of one patch: convolutions, transposed ones, and the classes of the last layer."""
+@dataclass(frozen=True)
+class _Maps:
+    """Feature maps of one patch; one entry a stage, highest resolution first."""
+
+    voxels: Float
+    features: Float
+    convs: Float
+    decoder_convs: int
+    classes: int
+
+    @property
+    def values(self) -> Float:
+        """Numbers in one map of each stage, over all its features."""
+        return self.voxels * self.features
+
+    def encoder(self) -> float:
+        return float((self.convs * self.values).sum())
+
+    def decoder(self) -> float:
+        """Transposed convolutions, convolutions, and the classes of the last layer."""
+        return float((self.decoder_convs + 1) * self.values[:-1].sum() + self.classes * self.voxels[0])
+
+    def unet(self) -> float:
+        return self.encoder() + self.decoder()
+
+    def residual_unet(self) -> float:
+        """The stem, two convolutions a block, and a shortcut where a stage changes size or features."""
+        return float(self.values[0] + 2 * self.encoder() + self.values[1:].sum() + self.decoder())
+
+    def attention_unet(self) -> float:
+        """Beside a U-Net's, for each skip: two maps of half its features and the attention below, the product here."""
+        inside = np.maximum(1, self.features[:-1] // 2)
+        return float(self.unet() + (self.voxels[1:] * (2 * inside + 1) + self.voxels[:-1] + self.values[:-1]).sum())
+
+    def unet_plus_plus(self) -> float:
+        """A decoder for each depth, whose nodes keep a copy of every map that they take beyond two."""
+        depth = len(self.values) - 1
+        nodes = sum(
+            (self.decoder_convs + column) * self.values[: depth + 1 - column].sum() for column in range(1, depth + 1)
+        )
+        return float(self.encoder() + nodes + self.classes * self.voxels[0])
+
+    def cell_segmenter(self) -> float:
+        """Beside a U-Net's: the boundary's convolution, and both heads' logits."""
+        return float(self.unet() + self.values[0] + self.classes * self.voxels[0])
+
+    def satellite_segmenter(self) -> float:
+        """Beside a U-Net's: every level projected to the first one's features, their sum, and its convolution."""
+        return float(self.unet() + self.features[0] * self.voxels[:-1].sum() + 2 * self.values[0])
+
+
+_COUNTS: Mapping[str, Callable[[_Maps], float]] = {
+    "residual_unet": _Maps.residual_unet,
+    "attention_unet": _Maps.attention_unet,
+    "unet_plus_plus": _Maps.unet_plus_plus,
+    "cell_segmenter": _Maps.cell_segmenter,
+    "satellite_segmenter": _Maps.satellite_segmenter,
+}
+"""How the feature maps of an architecture are counted; as a U-Net's, of any other."""
+
+
+def feature_values(
+    shape: Topology,
+    features: Sequence[int],
+    convs: int | Sequence[int],
+    classes: int,
+    decoder_convs: int = 2,
+    name: str = "unet",
+) -> float:
+    """Numbers in all feature maps of one patch.
+
+    Args:
+        shape: patch and strides.
+        features: one entry a stage.
+        convs: convolutions (of a residual network: blocks) of the encoder stages, one number or one a stage.
+        classes: of the last layer.
+        decoder_convs: convolutions of each decoder stage.
+        name: of the architecture; one that is not known here counts as a U-Net.
+    """
     voxels = np.prod(shape.patch) / np.cumprod([np.prod(stride) for stride in shape.strides])
-    maps = voxels * np.array(features, dtype=float)
-    return float(convs * maps.sum() + (convs + 1) * maps[:-1].sum() + classes * voxels[0])
+    widths = np.array(features, dtype=float)
+    each = np.broadcast_to(np.array(convs, dtype=float), widths.shape)
+    return _COUNTS.get(name, _Maps.unet)(_Maps(voxels, widths, each, decoder_convs, classes))
 
 
 def _features(profile: DeviceProfile, dims: int, stages: int) -> Sizes:
@@ -341,13 +431,11 @@ class _Design:
     memory_mb: float
 
 
-def _memory_mb(
-    shape: Topology, features: Sequence[int], convs: int, classes: int, batch: int, bytes_per_value: float | None
-) -> float:
-    values = feature_values(shape, features, convs, classes) * batch
+def _memory_mb(values: float, dims: int, bytes_per_value: float | None, name: str = "unet") -> float:
+    """Memory of a training step from the numbers in the feature maps of its batch."""
     if bytes_per_value is not None:
         return values * bytes_per_value / 2**20
-    reference = REFERENCES[len(shape.patch)]
+    reference = (RESIDUAL_REFERENCES if name == "residual_unet" else REFERENCES)[dims]
     return values / reference.batch_size / reference.values * REFERENCE_MEMORY_MB
 
 
@@ -375,7 +463,7 @@ def _design(
 
     def memory(shape: Topology, batch: int) -> float:
         features = _features(profile, dims, len(shape.strides))
-        return _memory_mb(shape, features, 2, data.classes, batch, profile.bytes_per_value)
+        return _memory_mb(feature_values(shape, features, 2, data.classes) * batch, dims, profile.bytes_per_value)
 
     limit = profile.patch_voxels or np.inf
     while memory(shape, MIN_BATCH) > budget_mb or np.prod(shape.patch) > limit:
@@ -526,6 +614,10 @@ class _Planner:
         yield "batch_size", self._why_batch(design, usual)
         yield "batch_dice", _why_batch_dice(name, batch_dice)
         yield "mirror_axes", self._why_mirror(3 - len(design.shape.patch))
+        yield (
+            "network.name",
+            "nnU-Net's plain U-Net: two convolutions a stage with instance norm and leaky ReLU, strided ones down.",
+        )
         yield "network.features", self._why_features(design, usual)
         yield (
             "network.strides",
@@ -653,6 +745,7 @@ def override_plan(plan: Plan, settings: Sequence[str], configuration: str) -> tu
     (``plan.patch_size=[40,56,40]``), and is then set in ``configuration``; a whole dotted name works as well
     (``plan.configurations.2d.training.learning_rate=0.001``). Where patch or spacing change, strides, kernels and
     features follow, unless they are set too. A patch that the strides do not divide is rounded up, with a message.
+    Where the architecture changes (``plan.network.name=residual_unet``), its usual numbers of convolutions follow.
 
     Returns:
         The new plan and messages for the user; its reasons say what was set by hand.
@@ -747,6 +840,7 @@ def _fit(plan: Plan, name: str, fields: Mapping[str, str], messages: list[str]) 
         result.setdefault("network.features", _json(_features(first, old.spatial_dims, len(strides))))
         usual = [(3,) * old.spatial_dims] * len(strides)
         result.setdefault("network.kernel_sizes", _json(usual))
+    _fit_convs(old.network, len(strides), result)
     divisor = np.prod(strides, axis=0)
     fitting = _integers(np.ceil(patch_goal / divisor) * divisor)
     if fitting != tuple(patch):
@@ -756,6 +850,16 @@ def _fit(plan: Plan, name: str, fields: Mapping[str, str], messages: list[str]) 
     if "patch_size" in fields or fitting != old.patch_size:
         result["patch_size"] = _json(fitting)
     return result
+
+
+def _fit_convs(old: NetworkPlan, stages: int, fields: dict[str, str]) -> None:
+    """Set the convolutions that an architecture usually has, where it is a new one or the number of stages changes."""
+    name = fields.get("network.name", old.name).strip('"')
+    usual: tuple[int | Sizes, int] = (RESENC_BLOCKS[:stages], 1) if name == "residual_unet" else (2, 2)
+    if name != old.name:
+        fields.setdefault("network.decoder_convs", _json(usual[1]))
+    if name != old.name or (isinstance(old.convs_per_stage, tuple) and len(old.convs_per_stage) != stages):
+        fields.setdefault("network.convs_per_stage", _json(usual[0]))
 
 
 def _refuse_impossible(
@@ -789,12 +893,13 @@ def _json(value: Any) -> str:
 def _estimated(plan: Plan, configuration: Configuration) -> Configuration:
     network = configuration.network
     shape = Topology(configuration.patch_size, network.strides, network.kernel_sizes)
+    values = feature_values(
+        shape, network.features, network.convs_per_stage, plan.labels.count, network.decoder_convs, network.name
+    )
     memory = _memory_mb(
-        shape,
-        network.features,
-        network.convs_per_stage,
-        plan.labels.count,
-        configuration.batch_size,
+        values * configuration.batch_size,
+        configuration.spatial_dims,
         PROFILES[plan.device].bytes_per_value,
+        network.name,
     )
     return configuration.model_copy(update={"estimated_memory_mb": memory})

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from medseg.dataset import Dataset
 from medseg.errors import PlanError
 from medseg.fingerprint import CaseMeasures, Fingerprint, Intensities, measure
-from medseg.plan import Configuration, NetworkPlan, Plan, TrainingPlan
-from medseg.planning import PROFILES, feature_values, make_plan, override_plan, topology
+from medseg.plan import Configuration, Plan, TrainingPlan
+from medseg.planning import PROFILES, Topology, feature_values, make_plan, override_plan, topology
 from medseg.volume import Labels
 
 DATA = os.environ.get("MEDSEG_TEST_DATA", "")
@@ -98,6 +98,36 @@ def test_golden_estimates() -> None:
     assert feature_values(flat, (32, 64, 128, 256, 512, 512, 512), 2, 3) == 34_541_568
     large = topology((1.6, 0.793, 0.793), (64, 192, 160))
     assert feature_values(large, (32, 64, 128, 256, 320, 320), 2, 2) == 526_556_160
+
+
+def test_golden_estimates_of_residual_encoders() -> None:
+    # the same of ResidualEncoderUNet
+    small = topology((1, 1, 1), (40, 56, 40))
+    assert feature_values(small, (32, 64, 128, 256), (1, 3, 4, 6), 3, 1, "residual_unet") == 23_609_600
+    large = topology((1, 1, 1), (128, 128, 128))
+    features, blocks = (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6)
+    assert feature_values(large, features, blocks, 2, 1, "residual_unet") == 555_323_392
+
+
+def test_estimates_by_hand() -> None:
+    # 16 x 8 pixels, features 2, 4 and 6 at steps of 2: 128, 32 and 8 voxels, maps of 256, 128 and 48 numbers
+    shape = Topology((16, 8), ((1, 1), (2, 2), (2, 2)), ((3, 3),) * 3)
+
+    def values(name: str, convs: int | tuple[int, ...] = 2, decoder_convs: int = 2) -> float:
+        return feature_values(shape, (2, 4, 6), convs, 3, decoder_convs, name)
+
+    plain = 2 * (256 + 128 + 48) + 3 * (256 + 128) + 3 * 128
+    assert values("unet") == values("a network of one's own") == plain == 2400
+    assert values("unet", (1, 2, 3), 1) == 256 + 2 * 128 + 3 * 48 + 2 * (256 + 128) + 3 * 128
+    # a stem; two convolutions a block; a shortcut where a stage begins, but for the first
+    assert values("residual_unet", (1, 3, 4), 1) == 256 + 2 * 256 + 7 * 128 + 9 * 48 + 2 * (256 + 128) + 3 * 128
+    # on the grid below theta, phi and psi (1 + 1 + 1 and 2 + 2 + 1 a voxel); here the attention and the gated skip
+    assert values("attention_unet") == plain + 32 * 3 + 128 + 256 + 8 * 5 + 32 + 128
+    # nodes (0, 1) and (1, 1), and (0, 2), which keeps a copy of one map more
+    assert values("unet_plus_plus") == 2 * (256 + 128 + 48) + 3 * (256 + 128) + 4 * 256 + 3 * 128
+    assert values("cell_segmenter") == plain + 256 + 3 * 128
+    # 2 features of both levels, their sum, and its convolution
+    assert values("satellite_segmenter") == plain + 2 * (128 + 32) + 2 * 256
 
 
 def test_low_resolution_trigger() -> None:
@@ -290,6 +320,45 @@ def test_spacing_by_hand(hippocampus: Plan) -> None:
     assert full.network.kernel_sizes[0] == (1, 3, 3)
 
 
+@pytest.mark.parametrize("setting", ["plan.network.name=residual_unet", 'plan.name="residual_unet"'])
+def test_a_residual_network_gets_the_blocks_of_resenc(hippocampus: Plan, setting: str) -> None:
+    made, messages = override_plan(hippocampus, [setting], "3d_fullres")
+    full = made.configurations["3d_fullres"]
+    assert (full.network.name, full.network.convs_per_stage, full.network.decoder_convs) == (
+        "residual_unet", (1, 3, 4, 6), 1,
+    )  # fmt: skip
+    assert made.reasons["configurations.3d_fullres.network.convs_per_stage"].startswith("Follows from what was set")
+    # 9 patches, on the scale of the ResEnc planner
+    assert full.estimated_memory_mb == pytest.approx(9 * 23_609_600 / 2 / 6.8e8 * 8192)
+    assert messages == []
+    more, _ = override_plan(made, ["plan.patch_size=[64,64,64]"], "3d_fullres")  # a stage more
+    assert more.configurations["3d_fullres"].network.convs_per_stage == (1, 3, 4, 6, 6)
+    back, _ = override_plan(more, ["plan.network.name=unet"], "3d_fullres")
+    network = back.configurations["3d_fullres"].network
+    assert (network.name, network.convs_per_stage, network.decoder_convs) == ("unet", 2, 2)
+
+
+def test_convolutions_set_by_hand_stay(hippocampus: Plan) -> None:
+    settings = ["plan.network.name=residual_unet", "plan.convs_per_stage=[1,1,2,2]", "plan.decoder_convs=3"]
+    network = override_plan(hippocampus, settings, "2d")[0].configurations["2d"].network
+    assert network.convs_per_stage == (1, 1, 2, 2)
+    assert network.decoder_convs == 3
+    assert override_plan(hippocampus, settings, "2d")[0].configurations["3d_fullres"].network.name == "unet"
+    with pytest.raises(PlanError, match="one entry a stage"):
+        override_plan(hippocampus, ["plan.convs_per_stage=[2,2]"], "3d_fullres")
+
+
+def test_any_architecture_can_be_chosen(hippocampus: Plan) -> None:
+    before = hippocampus.configurations["2d"]
+    made, _ = override_plan(hippocampus, ["plan.network.name=attention_unet"], "2d")
+    after = made.configurations["2d"]
+    assert after.network == before.network.model_copy(update={"name": "attention_unet"})
+    assert before.estimated_memory_mb < after.estimated_memory_mb < 1.3 * before.estimated_memory_mb
+    assert made.reasons["configurations.2d.network.name"].startswith(
+        "Set by hand to attention_unet. By rule: nnU-Net's"
+    )
+
+
 def test_over_budget_is_said(hippocampus: Plan) -> None:
     _, messages = override_plan(hippocampus, ["plan.batch_size=100"], "3d_fullres")
     assert messages[0].startswith("3d_fullres: estimated at 140")
@@ -353,7 +422,7 @@ def test_every_plan_is_valid_and_explained(
         assert all(p % d == 0 for p, d in zip(configuration.patch_size, divisor, strict=True))
         assert len(configuration.network.strides) > 1
         decided = (set(Configuration.model_fields) - {"spatial_dims", "network"}) | {
-            f"network.{field}" for field in set(NetworkPlan.model_fields) - {"name", "convs_per_stage"}
+            f"network.{field}" for field in ("name", "features", "kernel_sizes", "strides", "deep_supervision")
         }
         assert {f"configurations.{name}.{field}" for field in decided} <= set(made.reasons)
     assert {"axes", "orientation", "resampling", "normalisation.0", "normalisation.1"} <= set(made.reasons)
