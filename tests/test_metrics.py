@@ -460,8 +460,7 @@ def test_empty_images_of_objects() -> None:
     nothing, something = row(0, 0), row(0, 4)
     both = score_instances(nothing, nothing)
     assert (both.n_reference, both.n_predicted, both.matches) == (0, 0, (0,) * 10)
-    measures_of = [InstanceMeasures.model_validate(both.model_dump(include=set(InstanceMeasures.model_fields)))]
-    assert measures_of == [InstanceMeasures()]
+    assert {getattr(both, name) for name in InstanceMeasures.model_fields} == {None}
     for score in (score_instances(nothing, something), score_instances(something, nothing)):
         assert (score.dice, score.f1, score.average_precision) == (0.0, 0.0, 0.0)
         assert (score.segmentation_quality, score.panoptic_quality) == (0.0, 0.0)
@@ -490,7 +489,9 @@ def test_other_numbers_of_the_objects_change_nothing(
 ) -> None:
     renamed = score_instances(np.array([0, *first])[prediction], np.array([0, *second])[reference])
     score = score_instances(prediction, reference)
-    assert renamed.model_dump() == pytest.approx(score.model_dump())
+    assert renamed.matches == score.matches
+    for name in InstanceMeasures.model_fields:  # up to the order of a sum
+        assert getattr(renamed, name) == (None if score.dice is None else pytest.approx(getattr(score, name)))
 
 
 @given(ids, ids)
