@@ -124,7 +124,7 @@ def _boundary(voxels: _Voxels) -> Tensor:
 
 Term = Callable[[_Voxels], Tensor]
 
-_FORMULAS: dict[str, Mapping[Term, float]] = {
+LOSSES: dict[str, Mapping[Term, float]] = {
     "dice": {_dice: 1.0},
     "dice_ce": {_cross_entropy: 1.0, _dice: 1.0},
     "bce_dice": {_binary_cross_entropy: 1.0, _dice: 1.0},
@@ -135,6 +135,11 @@ _FORMULAS: dict[str, Mapping[Term, float]] = {
     "cldice": {_dice: 0.5, _centreline_dice: 0.5},  # (1 - alpha) and alpha; 0.5 is the largest that the paper allows
     "boundary": {_generalised_dice: 1.0, _boundary: 0.01},  # the weight that the paper's training starts with
 }
+"""Terms and weights of each loss, by the name that a plan uses.
+
+With a binary cross-entropy among them all terms take a sigmoid for each class rather than a softmax over all. The
+largest logit is still the class: each channel is trained on whether its class is there, the background's too.
+"""
 
 
 class Loss(nn.Module):
@@ -144,23 +149,15 @@ class Loss(nn.Module):
     ignored it is constant.
 
     Args:
-        terms: with their weights.
-        one_against_rest: a sigmoid for each class rather than a softmax over all. The largest logit is still the
-            class: each channel is trained on whether its class is there, the background's too.
+        terms: with their weights; an entry of ``LOSSES``.
         batch: sum overlaps over the whole batch rather than a sample.
         ignore_index: label of voxels that count nowhere.
     """
 
-    def __init__(
-        self,
-        terms: Mapping[Term, float],
-        one_against_rest: bool = False,
-        batch: bool = False,
-        ignore_index: int | None = None,
-    ) -> None:
+    def __init__(self, terms: Mapping[Term, float], batch: bool = False, ignore_index: int | None = None) -> None:
         super().__init__()
         self.terms = dict(terms)
-        self.one_against_rest = one_against_rest
+        self.one_against_rest = _binary_cross_entropy in terms
         self.batch = batch
         self.ignore_index = ignore_index
 
@@ -186,12 +183,6 @@ class Loss(nn.Module):
             target, probabilities = target * valid, probabilities * valid
         counted = indices.numel() if valid is None else valid.sum().clamp(min=1)  # no voxel counts: a loss of 0
         return _Voxels(logits, logs, probabilities, target, valid, counted, distances, self.batch)
-
-
-LOSSES: dict[str, Callable[..., Loss]] = {
-    name: partial(Loss, terms, _binary_cross_entropy in terms) for name, terms in _FORMULAS.items()
-}
-"""Losses by the names that a plan uses; each takes ``batch`` and ``ignore_index``."""
 
 
 def soft_skeleton(masks: Tensor) -> Tensor:
@@ -273,7 +264,7 @@ def build_target(name: str, *, classes: int, ignore_index: int | None) -> Callab
 
     On a GPU the distances of ``boundary`` would take longer than the step that waits for them.
     """
-    wanted = _boundary in _FORMULAS.get(name, {})
+    wanted = _boundary in LOSSES.get(name, {})
     return partial(with_distances, classes=classes, ignore_index=ignore_index) if wanted else None
 
 
@@ -300,6 +291,6 @@ def build_loss(
     """
     if name not in LOSSES:
         raise PlanError("plan.loss", f"no loss {name!r}", " or ".join(LOSSES))
-    loss: Any = LOSSES[name](batch=batch, ignore_index=ignore_index)
+    loss: Any = Loss(LOSSES[name], batch, ignore_index)
     result: nn.Module = DeepSupervisionLoss(loss, weights=supervision_weights(levels)) if levels > 1 else loss
     return result

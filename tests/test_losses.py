@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from medseg.errors import PlanError
 from medseg.losses import (
     LOSSES,
+    Loss,
     build_loss,
     build_target,
     signed_distances,
@@ -23,8 +25,14 @@ from medseg.losses import (
     with_distances,
 )
 
-DiceCrossEntropy = LOSSES["dice_ce"]
 NAMES = sorted(LOSSES)
+
+
+def loss_of(name: str, batch: bool = False, ignore_index: int | None = None) -> Loss:
+    return Loss(LOSSES[name], batch, ignore_index)
+
+
+DiceCrossEntropy = partial(loss_of, "dice_ce")
 
 # Probabilities of the class: 3/4 in the first voxel, 1/2 in the second
 LOGITS = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
@@ -128,7 +136,7 @@ def test_an_unknown_loss_is_refused_and_the_known_are_named() -> None:
 @pytest.mark.parametrize("shape", [(2, 1, 4, 5), (1, 1, 4, 4), (2, 2, 4, 4)])
 def test_labels_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="labels"):
-        LOSSES["dice"]()(torch.zeros(2, 3, 4, 4), torch.zeros(shape))
+        loss_of("dice")(torch.zeros(2, 3, 4, 4), torch.zeros(shape))
 
 
 # ---- each worked by hand ---------------------------------------------------------------------------------------------
@@ -153,7 +161,7 @@ FOCAL = -(0.25**2 * math.log(0.75) + 0.5**2 * math.log(0.5)) / 2
     ],
 )
 def test_two_voxels_by_hand(name: str, expected: float) -> None:
-    assert LOSSES[name]()(LOGITS[None], LABELS).item() == pytest.approx(expected, abs=2e-5)
+    assert loss_of(name)(LOGITS[None], LABELS).item() == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -162,14 +170,14 @@ def test_two_voxels_by_hand(name: str, expected: float) -> None:
 )
 def test_one_channel_is_a_sigmoid_by_hand(name: str, expected: float) -> None:
     """sigmoid(log 3) is 3/4."""
-    assert LOSSES[name]()(LOGITS[None, 1:], LABELS).item() == pytest.approx(expected, abs=2e-5)
+    assert loss_of(name)(LOGITS[None, 1:], LABELS).item() == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"bce_dice"}))
 def test_one_channel_is_two_of_which_the_first_is_zero(name: str) -> None:
     logits, labels = drawn(0, classes=2)
     one = (logits[:, 1] - logits[:, 0])[:, None]
-    torch.testing.assert_close(LOSSES[name]()(one, labels), LOSSES[name]()(logits, labels))
+    torch.testing.assert_close(loss_of(name)(one, labels), loss_of(name)(logits, labels))
 
 
 def test_weights_of_generalised_dice_by_hand() -> None:
@@ -178,14 +186,14 @@ def test_weights_of_generalised_dice_by_hand() -> None:
     logits = torch.tensor([math.log(3.0), 0.0])[None, :, None].expand(1, 2, 10)
     both = 8 * 0.75 / 64 + 2 * 0.25 / 4
     sizes = (10 * 0.75 + 8) / 64 + (10 * 0.25 + 2) / 4
-    assert LOSSES["generalised_dice"]()(logits, labels).item() == pytest.approx(1 - 2 * both / sizes, abs=1e-5)
+    assert loss_of("generalised_dice")(logits, labels).item() == pytest.approx(1 - 2 * both / sizes, abs=1e-5)
 
 
 def test_generalised_dice_of_a_large_patch_is_not_smoothed_away() -> None:
     """Half of a million voxels of background is taken for the class: MONAI's smoothing outweighs such weights."""
     logits = perfect(torch.zeros(1, 1, 1000, 1000), 2)
     logits[..., :500] *= -1
-    loss = LOSSES["generalised_dice"]()(logits, torch.zeros(1, 1, 1000, 1000))
+    loss = loss_of("generalised_dice")(logits, torch.zeros(1, 1, 1000, 1000))
     # half of the background is hit; the absent class weighs as much: 2 * 1/2 / (1/2 + 1 + 1/2)
     assert loss.item() == pytest.approx(1 - 1 / 2, abs=1e-3)
 
@@ -194,10 +202,10 @@ def test_generalised_dice_of_a_large_patch_is_not_smoothed_away() -> None:
 def test_generalised_dice_and_focal_are_monais(batch: bool) -> None:
     logits, labels = drawn(3, shape=(2, 5, 6, 4))
     theirs = GeneralizedDiceLoss(to_onehot_y=True, softmax=True, batch=batch, smooth_nr=0, smooth_dr=0)
-    found = LOSSES["generalised_dice"](batch=batch)(logits, labels)
+    found = loss_of("generalised_dice", batch=batch)(logits, labels)
     torch.testing.assert_close(found, theirs(logits, labels), atol=1e-5, rtol=0)
     focal = FocalLoss(to_onehot_y=True, use_softmax=True)  # the mean over the classes too
-    torch.testing.assert_close(LOSSES["focal"]()(logits, labels), 3 * focal(logits, labels))
+    torch.testing.assert_close(loss_of("focal")(logits, labels), 3 * focal(logits, labels))
 
 
 def test_the_skeleton_of_a_bar_is_its_middle_line() -> None:
@@ -227,7 +235,7 @@ def test_centreline_dice_by_hand() -> None:
     found[..., 6:] = 0
     precision, recall = (2 + 1) / (2 + 1), (3 + 1) / (5 + 1)
     expected = 0.5 * (1 - 24 / 33) + 0.5 * (1 - 2 * precision * recall / (precision + recall))
-    assert LOSSES["cldice"]()(perfect(found, 2), labels).item() == pytest.approx(expected, abs=1e-5)
+    assert loss_of("cldice")(perfect(found, 2), labels).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_centreline_dice_is_the_mean_over_the_classes() -> None:
@@ -237,7 +245,7 @@ def test_centreline_dice_is_the_mean_over_the_classes() -> None:
     missed = torch.where(labels == 2, 0, labels)
     recall = 1 / (7 + 1)  # of a skeleton of 7 voxels; nothing is found, so nothing wrong
     expected = 0.5 * 0.5 + 0.5 * (1 - 2 * recall / (1 + recall)) / 2
-    assert LOSSES["cldice"]()(perfect(missed, 3), labels).item() == pytest.approx(expected, abs=1e-5)
+    assert loss_of("cldice")(perfect(missed, 3), labels).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_distances_by_hand() -> None:
@@ -268,7 +276,7 @@ def test_boundary_by_hand() -> None:
     logits = torch.tensor([math.log(3.0), 0.0])[None, :, None].expand(1, 2, 4)
     both, sizes = 3 * 0.75 / 9 + 0.25, (4 * 0.75 + 3) / 9 + (1 + 1)
     expected = 1 - 2 * both / sizes + 0.01 * 0.25 * 4 / 4
-    assert LOSSES["boundary"]()(logits, labels).item() == pytest.approx(expected, abs=1e-5)
+    assert loss_of("boundary")(logits, labels).item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("ignore", [None, 3])
@@ -276,7 +284,7 @@ def test_boundary_by_hand() -> None:
 def test_maps_that_came_with_the_labels_are_used(ignore: int | None, classes: int) -> None:
     logits, labels = drawn(1, classes=classes, ignore=ignore)
     loss, target_of = (
-        LOSSES["boundary"](ignore_index=ignore),
+        loss_of("boundary", ignore_index=ignore),
         build_target("boundary", classes=classes, ignore_index=ignore),
     )
     assert target_of is not None
@@ -296,7 +304,7 @@ def test_maps_are_sampled_with_the_labels_under_deep_supervision() -> None:
     _, labels = drawn(2, shape=(8, 8))
     target = with_distances(labels, 3)
     levels = [torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(n)) for n in (8, 4, 2)]
-    single = LOSSES["boundary"]()
+    single = loss_of("boundary")
     expected = 2 / 3 * single(levels[0], target) + 1 / 3 * single(levels[1], target[..., 1::2, 1::2])
     torch.testing.assert_close(loss(levels, target), expected)
 
@@ -332,7 +340,7 @@ def gradient(loss: torch.nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
 def test_nothing_costs_less_than_a_perfect_prediction(name: str, classes: int, shape: tuple[int, ...]) -> None:
     logits, labels = drawn(0, classes, shape)
     best = perfect(labels, max(classes, 2))[:, -classes:]
-    loss = LOSSES[name]()
+    loss = loss_of(name)
     lowest = loss(best, labels).item()
     if name != "boundary":  # its own term is below 0 then
         assert lowest == pytest.approx(0, abs=1e-4)
@@ -345,7 +353,7 @@ def test_nothing_costs_less_than_a_perfect_prediction(name: str, classes: int, s
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_finite_where_one_label_is_everywhere(name: str, batch: bool, labels: int) -> None:
-    loss = LOSSES[name](batch=batch, ignore_index=3)
+    loss = loss_of(name, batch=batch, ignore_index=3)
     for scale in (1.0, 1e4):
         logits = scale * drawn(0)[0]
         found = gradient(loss, logits, torch.full((2, 1, 6, 7), labels))
@@ -363,7 +371,7 @@ def test_gradients_are_finite_where_one_label_is_everywhere(name: str, batch: bo
 def test_voxels_to_ignore_have_no_part(name: str, classes: int, shape: tuple[int, ...], seed: int, batch: bool) -> None:
     """Neither the value nor a gradient knows what was predicted there; elsewhere there are gradients."""
     logits, labels = drawn(seed, classes, shape, ignore=3)
-    loss = LOSSES[name](batch=batch, ignore_index=3)
+    loss = loss_of(name, batch=batch, ignore_index=3)
     ignored = (labels == 3).expand_as(logits)
     found = gradient(loss, logits, labels)
     assert not found[ignored].any()
@@ -376,15 +384,15 @@ def test_voxels_to_ignore_have_no_part(name: str, classes: int, shape: tuple[int
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_the_samples_does_not_count(name: str, batch: bool) -> None:
     logits, labels = drawn(4, ignore=3)
-    loss = LOSSES[name](batch=batch, ignore_index=3)
+    loss = loss_of(name, batch=batch, ignore_index=3)
     torch.testing.assert_close(loss(logits.flip(0), labels.flip(0)), loss(logits, labels))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_is_taken_in_single_precision(name: str) -> None:
     logits, labels = drawn(5)
-    assert LOSSES[name]()(logits.half(), labels).dtype == torch.float32
-    torch.testing.assert_close(LOSSES[name]()(logits.half(), labels), LOSSES[name]()(logits, labels), atol=1e-2, rtol=0)
+    assert loss_of(name)(logits.half(), labels).dtype == torch.float32
+    torch.testing.assert_close(loss_of(name)(logits.half(), labels), loss_of(name)(logits, labels), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("ignore", [None, 3])
@@ -393,6 +401,6 @@ def test_deep_supervision_of_every_loss_takes_the_nearest_labels(name: str, igno
     loss = build_loss(name, batch=True, ignore_index=ignore, levels=3)
     _, labels = drawn(6, shape=(8, 8), ignore=ignore)
     levels = [torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(n)) for n in (8, 4, 2)]
-    single = LOSSES[name](batch=True, ignore_index=ignore)
+    single = loss_of(name, batch=True, ignore_index=ignore)
     expected = 2 / 3 * single(levels[0], labels) + 1 / 3 * single(levels[1], labels[..., 1::2, 1::2])
     torch.testing.assert_close(loss(levels, labels), expected)

@@ -352,6 +352,17 @@ def test_a_batch_is_a_function_of_seed_and_iteration(
     assert not equal(seven, draw_batch(cases, setup, 1, 7))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_loss_wants_is_made_of_the_labels(two_cases: list[PreparedCase], workers: int) -> None:
+    setup = configuration()
+    plain = itertools.islice(batches(two_cases, setup, 5, 0, workers=0), 4)
+    source = batches(two_cases, setup, 5, 0, workers, lambda labels: torch.cat([labels, 2 * labels], dim=1))
+    for alone, batch in zip(plain, source, strict=False):
+        assert torch.equal(batch.images, alone.images)
+        assert torch.equal(batch.labels, torch.cat([alone.labels, 2 * alone.labels], dim=1))
+    source.close()
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_draws_the_same(two_cases: list[PreparedCase], workers: int) -> None:
     setup = configuration(augmentation="full")
