@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from medseg.dataset import Case, Dataset, Finding, Findings, short_name
 from medseg.errors import InputError, MedsegError
 from medseg.geometry import Geometry
-from medseg.io import FORMATS, describe_grid, finite_float32, integral, suffix_of
+from medseg.io import describe_grid, finite_float32, format_of, integral, is_picture, naming
 from medseg.progress import Progress, silent, track
 from medseg.volume import Labels, Volume
 
@@ -87,16 +88,18 @@ class _Faults(list[Finding]):
     def add(self, kind: str, found: str, remedy: str, unusable: bool = True) -> None:
         self.append(Finding(case=self.case.id, kind=kind, unusable=unusable, found=found, remedy=remedy))
 
-    def read(self, file: Path, missing: str) -> Volume | None:
+    def read(self, file: Path, what: Literal["image", "label"]) -> Volume | None:
         """The file with its voxels as they are stored, or None and a finding."""
         if not file.exists():
-            self.add(missing, f"{self.name(file)} does not exist", "restore the file, or remove the case from the list")
+            self.add(
+                f"missing-{what}",
+                f"{self.name(file)} does not exist",
+                "restore the file, or remove the case from the list",
+            )
             return None
         try:
-            form = next((form for form in FORMATS if suffix_of(file) in form.SUFFIXES), None)
-            if form is None:
-                raise InputError(file, "has no known image ending")
-            return form.read(file)
+            form = format_of(file)
+            return form.read(file) if what == "image" else form.read_labels(file)
         except MedsegError as failure:
             expected = f" (expected {failure.expected})" if failure.expected else ""
             remedy = failure.remedy or "replace the file, or remove the case from the list"
@@ -111,8 +114,8 @@ class _Faults(list[Finding]):
 
 def _look_at(case: Case, dataset: Dataset) -> tuple[_Look, list[Finding]]:
     faults = _Faults(case, dataset.root)
-    parts = [part for file in case.images if (part := faults.read(file, "missing-image"))]
-    mask = faults.read(case.label, "missing-label") if case.label else None
+    parts = [part for file in case.images if (part := faults.read(file, "image"))]
+    mask = faults.read(case.label, "label") if case.label else None
     whole = len(parts) == len(case.images)
     if parts:
         _check_channels(parts, len(dataset.channels) if whole else None, faults)
@@ -122,7 +125,7 @@ def _look_at(case: Case, dataset: Dataset) -> tuple[_Look, list[Finding]]:
     shown = parts[0] if parts else mask
     look = _Look(
         case.id,
-        shown.geometry if shown else None,
+        shown.geometry if shown and not is_picture(shown.paths[0]) else None,  # a picture has any number of pixels
         absent=absent or (),
         labelled=absent is not None,
     )
@@ -172,7 +175,7 @@ def _check_label(mask: Volume, labels: Labels, faults: _Faults) -> tuple[str, ..
         faults.add(
             "unknown-labels",
             f"{name} holds the values {unknown[:10]}, which have no name (known: 0 and {dict(labels.values)})",
-            "name them in dataset.json, or correct the mask",
+            naming(values, labels),
         )
         return None
     if not values & set(labels.values.values()):
@@ -198,7 +201,9 @@ def _check_intensities(
         for channel, voxels in enumerate(array):
             if voxels.min() == voxels.max():
                 where = f" channel {channel}" if len(array) > 1 else ""
-                faults.add("constant", f"{name}{where} is {voxels.flat[0]:g} everywhere", "replace the image")
+                one_colour = is_picture(part.paths[0]) and array.min() != array.max()  # as of fluorescence
+                found = f"{name}{where} is {voxels.flat[0]:g} everywhere"
+                faults.add("constant", found, "replace the image", unusable=not one_colour)
             sample = _sample(voxels)
             negative.append(float((sample < 0).mean()))
             high.append(float(np.quantile(sample, 0.99)))

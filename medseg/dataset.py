@@ -2,7 +2,8 @@
 
 A dataset is a folder with a ``dataset.json``, either as the Medical Segmentation Decathlon ships it (lists of files,
 labels keyed by value, channels as a fourth dimension) or as nnU-Net v2 wants it (labels keyed by name, one file a
-channel with the endings ``_0000``, ``_0001``). Nothing is renamed or copied.
+channel with the endings ``_0000``, ``_0001``; of pictures, one file ``_0000`` may hold all channels, as RGB does).
+Nothing is renamed or copied.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from medseg.errors import DatasetError
-from medseg.io import name_of, suffix_of
+from medseg.io import is_picture, name_of, suffix_of
 from medseg.records import Record, digest_file, digest_of, read_json
 from medseg.volume import Labels
 
@@ -34,7 +35,7 @@ class Case:
 
     Attributes:
         id: name of the case, unique among the cases of a dataset.
-        images: one file whose fourth dimension is the channels, or one file a channel.
+        images: one file that holds the channels (as its fourth dimension or as colours), or one file a channel.
         label: the mask, or None where there is none.
     """
 
@@ -346,6 +347,8 @@ def _discovered(root: Path, part: str, ending: str, channels: int) -> list[Case]
     cases = []
     for case_id in sorted(ids):
         paths = tuple(images / f"{case_id}_{channel:04d}{ending}" for channel in range(channels))
+        if is_picture(paths[0]) and not any(path.exists() for path in paths[1:]):
+            paths = paths[:1]
         expected = part == "Tr" or case_id in masks
         cases.append(Case(case_id, paths, labels / f"{case_id}{ending}" if expected else None))
     return cases

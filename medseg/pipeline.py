@@ -29,7 +29,7 @@ from medseg.package import FoldRecord, load_package, note_dice, save_package
 from medseg.patches import prepare_cases
 from medseg.plan import ConfigurationName, Plan
 from medseg.planning import make_plan, override_plan
-from medseg.predict import Predictor, PredictSettings, predict_cases
+from medseg.predict import Predictor, PredictSettings, mask_name, predict_cases
 from medseg.progress import Progress, silent
 from medseg.records import Record, digest_file, digest_of, read_json, remove_leftovers, write_json, write_text
 from medseg.report import markdown_summary, save_curve
@@ -276,10 +276,10 @@ def _predict_station(
         cases = [data.case(case) for case in fold.validation]
         predictor = Predictor(package.only(number), settings)
         results = predict_cases(predictor, cases, folder, overwrite=True, progress=progress)
-        for result in results:
+        for case, result in zip(cases, results, strict=True):
             if result.status == "failed":  # an older model's mask must not be scored as this one's
-                (folder / f"{result.case}.nii.gz").unlink(missing_ok=True)
-        pairs += [(case.id, folder / f"{case.id}.nii.gz", _label(case)) for case in cases]
+                (folder / mask_name(case)).unlink(missing_ok=True)
+        pairs += [(case.id, folder / mask_name(case), _label(case)) for case in cases]
     return pairs
 
 

@@ -139,7 +139,7 @@ def find_cases(path: Path) -> list[Case]:
             cases are taken.
 
     Raises:
-        InputError: nothing is found, with what was looked for; or two files are images of one case.
+        InputError: nothing is found, with what was looked for.
         DatasetError: the dataset.json cannot be used.
     """
     listing = path / "dataset.json" if path.is_dir() else path
@@ -158,6 +158,14 @@ def find_cases(path: Path) -> list[Case]:
     return _group_channels(files)
 
 
+def mask_name(case: Case) -> str:
+    """File name of a case's mask: ``CASE.png`` for a picture (``CASE.tif`` for a TIFF), else ``CASE.nii.gz``."""
+    if not io.is_picture(case.images[0]):
+        return f"{case.id}.nii.gz"
+    is_tiff = io.suffix_of(case.images[0]) in (".tif", ".tiff")
+    return f"{case.id}{'.tif' if is_tiff else '.png'}"
+
+
 def predict_cases(
     predictor: Predictor,
     cases: Sequence[Case],
@@ -166,7 +174,7 @@ def predict_cases(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> list[Prediction]:
-    """Segment cases into a folder: one ``CASE.nii.gz`` each, ``cases.csv`` and ``run.json``.
+    """Segment cases into a folder: one mask each, named by ``mask_name``, ``cases.csv`` and ``run.json``.
 
     A case that fails is recorded with its reason, and the others are done. A case whose mask is there and was made from
     the same input, model and settings (by digest) is kept. A mask that was not written here, or was changed since, is
@@ -192,9 +200,10 @@ def _predict_case(
 ) -> Prediction:
     """Segment one case, or say why not; ``model`` is the digest of all that masks depend on besides the image."""
     start = time.monotonic()
-    target = out / f"{case.id}.nii.gz"
+    target = out / mask_name(case)
     key = ""
     try:
+        _require_one_image(case)
         key = digest_of([model, *_input_digests(case)])
         if earlier is not None and earlier.key == key and _is_intact(target, earlier):
             return earlier.model_copy(update={"status": "kept"})
@@ -224,6 +233,13 @@ def _predict_case(
     if earlier is not None and key and earlier.key != key and _is_intact(target, earlier):
         target.unlink()  # a mask of the former input or model would be taken for this one's
     return Prediction(case=case.id, status="failed", reason=reason, seconds=round(time.monotonic() - start, 3))
+
+
+def _require_one_image(case: Case) -> None:
+    """Refuse ``a.nii`` beside ``a.nii.gz``: two images, or one in two formats, and nothing says which is meant."""
+    if len({(path.parent, io.name_of(path)) for path in case.images}) < len(case.images):
+        names = " and ".join(path.name for path in case.images)
+        raise InputError(case.id, f"is the name of several images: {names}", "one image a case", "rename or remove one")
 
 
 def _require_free(target: Path, case: Case, earlier: Prediction | None, overwrite: bool) -> None:
@@ -313,15 +329,15 @@ def _is_second_half(path: Path) -> bool:
 
 
 def _group_channels(files: Sequence[Path]) -> list[Case]:
-    """Files as cases: one a channel where all names end in a number and some in ``_0000``, else one a case."""
+    """Files as cases: one a channel where all names end in a number and some in ``_0000``, else one a case.
+
+    Files of one name and several endings become one case, which is refused when its turn comes.
+    """
     matches = [_CHANNEL_FILE.match(io.name_of(path)) for path in files]
     numbered = all(matches) and any(match["channel"] == "0000" for match in matches if match)
     groups: dict[str, list[Path]] = {}
     for path, match in zip(files, matches, strict=True):
         groups.setdefault(match["case"] if match and numbered else io.name_of(path), []).append(path)
-    if not numbered and (double := [paths for paths in groups.values() if len(paths) > 1]):
-        names = ", ".join(" and ".join(path.name for path in paths) for paths in double[:5])
-        raise InputError(files[0].parent, f"holds images of the same name: {names}", "one image a case")
     return [Case(name, tuple(paths), None) for name, paths in groups.items()]
 
 

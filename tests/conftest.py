@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from small_datasets import write_pictures
 
 from medseg.phantom import make_dataset
 
@@ -44,6 +45,23 @@ def tiny_run(
 
     out = tmp_path_factory.mktemp("run")
     return run(phantom_dataset, out, train=TrainSettings(iterations=4, device="cpu"), overrides=tiny_overrides)
+
+
+@pytest.fixture(scope="session")
+def picture_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An nnU-Net folder of six RGB pictures with labels 1 and 3, two of them on their side. Do not change it."""
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def picture_run(picture_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """What ``pipeline.run`` makes of the pictures in forty steps, without a configuration. Do not change its files."""
+    from medseg.pipeline import run
+    from medseg.train import TrainSettings
+
+    tiny = ("plan.patch_size=[16,32]", "plan.features=[8,16,16]", "plan.batch_size=4", "plan.warmup=0")
+    out = tmp_path_factory.mktemp("picture_run")
+    return run(picture_dataset, out, train=TrainSettings(iterations=40, device="cpu"), overrides=tiny)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from PIL import Image
 
 SHAPE = (8, 9, 10)
 
@@ -62,3 +63,44 @@ def nnunet(root: Path, **changes: Any) -> Path:
     }
     (root / "dataset.json").write_text(json.dumps({**body, **changes}))
     return root
+
+
+def write_pictures(root: Path, count: int = 6, size: tuple[int, int] = (40, 32), ending: str = ".png") -> Path:
+    """A sound nnU-Net dataset of RGB pictures p0, p1, ...: bright discs (label 1) and dark squares (3) on grey noise.
+
+    ``size`` is columns and rows; every third picture lies on its side in the file.
+    """
+    for n in range(count):
+        pixels, label = picture(n, size)
+        for part, name, array in (("imagesTr", f"p{n}_0000", pixels), ("labelsTr", f"p{n}", label)):
+            save_picture(root / part / f"{name}{ending}", array, 6 if n % 3 == 2 else 1)
+    body = {
+        "channel_names": {"0": "R", "1": "G", "2": "B"},
+        "labels": {"background": 0, "disc": 1, "square": 3},
+        "numTraining": count,
+        "file_ending": ending,
+    }
+    (root / "dataset.json").write_text(json.dumps(body))
+    return root
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """An upright RGB picture (rows, columns, 3) with its mask (rows, columns)."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.indices(size[::-1])
+    label = np.zeros(size[::-1], np.uint8)
+    j, i = rng.integers(8, size[1] - 8), rng.integers(8, size[0] // 2)
+    label[(rows - j) ** 2 + (columns - i) ** 2 < 25] = 1
+    label[j - 4 : j + 4, size[0] // 2 + 4 : size[0] // 2 + 11] = 3
+    shade = np.choose(label, [120, 250, 0, 10])[..., np.newaxis] * np.array([1.0, 0.9, 0.5])
+    return np.clip(shade + rng.normal(0, 6, (*label.shape, 3)), 1, 255).astype(np.uint8), label
+
+
+def save_picture(path: Path, upright: np.ndarray[Any, Any], orientation: int = 1) -> Path:
+    """Save an upright picture; with orientation 6 its pixels are turned in the file, and the tag turns them back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.rot90(upright) if orientation == 6 else upright
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+    return path

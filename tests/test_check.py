@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_datasets import decathlon, image, mask, nnunet, write
+from small_datasets import decathlon, image, mask, nnunet, picture, save_picture, write, write_pictures
 
 from medseg.check import check
 from medseg.dataset import Dataset, Finding, Findings
@@ -164,6 +164,37 @@ def test_channels_on_two_grids(tmp_path: Path) -> None:
     nnunet(tmp_path)
     write(tmp_path / "imagesTr/a_0001.nii.gz", image(1), shift=3)
     assert found(tmp_path) == [("a", "channel-grids", True)]
+
+
+def test_sound_pictures_have_no_findings(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 5)
+    large, label = picture(9, (900, 700))  # twenty times as many pixels: pictures have no size in the world
+    save_picture(tmp_path / "imagesTr" / "p5_0000.png", large)
+    save_picture(tmp_path / "labelsTr" / "p5.png", label)
+    assert [kind for _, kind, _ in found(tmp_path)] == ["count"]
+
+
+def test_faults_of_pictures(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 6)
+    labels = tmp_path / "labelsTr"
+    pixels, label = picture(0)
+    save_picture(labels / "p0.png", label[:, 1:])
+    save_picture(labels / "p1.png", (label > 0).astype(np.uint8) * 255)
+    save_picture(labels / "p2.png", label)  # upright, and its picture lies on its side in the file
+    save_picture(labels / "p3.png", pixels)
+    (tmp_path / "imagesTr" / "p4_0000.png").write_bytes(b"")
+    save_picture(tmp_path / "imagesTr" / "p5_0000.png", pixels * np.array([0, 1, 1], np.uint8), 6)
+    findings = check(Dataset.open(tmp_path))
+    assert [(f.case, f.kind, f.unusable) for f in findings.findings] == [
+        ("p0", "grid", True),
+        ("p1", "unknown-labels", True),
+        ("p2", "grid", True),
+        ("p3", "damaged", True),
+        ("p4", "damaged", True),
+        ("p5", "constant", False),
+    ]
+    assert '"labels": {"disc": 255}' in findings.of("p1")[0].remedy
+    assert "coloured" in findings.of("p3")[0].found
 
 
 def test_a_class_that_no_case_has(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_datasets import decathlon, image, mask, nnunet, write
+from small_datasets import decathlon, image, mask, nnunet, picture, save_picture, write, write_pictures
 
 from medseg.dataset import Case, Dataset, Fold
 from medseg.errors import DatasetError, InputError
@@ -46,6 +46,38 @@ def test_nnunet_with_an_explicit_list(tmp_path: Path) -> None:
     dataset = Dataset.open(nnunet(tmp_path, dataset={"patient one": files}, numTraining=1))
     assert [case.id for case in dataset.cases] == ["patient one"]
     assert {f.case for f in dataset.faults} == {"b", "b_0000", "b_0001"}  # they are there and not listed
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+def test_nnunet_pictures_hold_all_channels_in_one_file(tmp_path: Path, ending: str) -> None:
+    write_pictures(tmp_path, 2, ending=ending)
+    save_picture(tmp_path / "imagesTs" / f"t_0000{ending}", picture(9)[0])
+    dataset = Dataset.open(tmp_path)
+    assert dataset.channels == ("R", "G", "B")
+    assert [[file.name for file in case.files] for case in dataset.cases] == [
+        [f"p0_0000{ending}", f"p0{ending}"],
+        [f"p1_0000{ending}", f"p1{ending}"],
+    ]
+    assert [[file.name for file in case.images] for case in dataset.test] == [[f"t_0000{ending}"]]
+    assert dataset.faults == ()
+
+
+def test_nnunet_pictures_of_one_file_a_channel(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 1)
+    for channel in range(3):
+        save_picture(tmp_path / "imagesTr" / f"p0_000{channel}.png", picture(0)[0][..., channel])
+    (case,) = Dataset.open(tmp_path).cases
+    assert [file.name for file in case.images] == ["p0_0000.png", "p0_0001.png", "p0_0002.png"]
+
+
+def test_a_decathlon_list_of_pictures(tmp_path: Path) -> None:
+    listed = [{"image": "imagesTr/c0.png", "label": "labelsTr/c0.png"}]
+    decathlon(tmp_path, 0, training=listed, modality={"0": "R", "1": "G", "2": "B"}, numTraining=1)
+    for folder, array in zip(("imagesTr", "labelsTr"), picture(0), strict=True):
+        save_picture(tmp_path / folder / "c0.png", array)
+    dataset = Dataset.open(tmp_path)
+    assert [case.id for case in dataset.cases] == ["c0"]
+    assert dataset.faults == ()
 
 
 def test_regions_and_ignore(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from medseg.errors import DatasetError, InputError
 from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, evaluate_cases, evaluate_folders
 from medseg.geometry import Geometry
 from medseg.io import write_mask
+from medseg.io.picture import picture_grid
 from medseg.volume import Labels, Mask
 
 LABELS = Labels(values={"organ": 1, "lesion": 2})
@@ -142,6 +143,28 @@ def test_endings_may_differ(folders: tuple[Path, Path]) -> None:
     predictions, references = folders
     save(predictions / "e.nii", mask(ORGAN, LESION))
     assert evaluate_folders(predictions, references).failed == {}
+
+
+def test_pictures_are_scored_at_1_mm_a_pixel_whatever_their_endings(tmp_path: Path) -> None:
+    reference, prediction = np.zeros((2, 8, 8, 1), np.uint8)
+    reference[2:4, 2:6], prediction[3:5, 2:6] = 255, 255
+    grid = picture_grid((8, 8, 1))
+    write_mask(Mask(reference, grid), tmp_path / "references" / "a.tif")
+    write_mask(Mask(prediction, grid), tmp_path / "predictions" / "a.png")
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    assert found.labels.values == {"label_255": 255}
+    ((score,),) = (case.scores for case in found.cases)
+    assert score.dice == 0.5  # 8 pixels each, 4 in common
+    assert score.reference_ml == 0.008
+    assert score.hd95_mm == 1.0  # moved by one pixel
+
+
+def test_a_picture_on_its_side_is_another_grid(tmp_path: Path) -> None:
+    array = np.eye(8, dtype=np.uint8)[..., np.newaxis]
+    for folder, orientation in (("references", 6), ("predictions", 1)):
+        write_mask(Mask(array, picture_grid((8, 8, 1), orientation)), tmp_path / folder / "a.png")
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    assert "never resampled" in found.failed["a"]
 
 
 FAULTS = {

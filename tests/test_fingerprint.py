@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_datasets import write_pictures
 
 from medseg import fingerprint
 from medseg.dataset import Dataset
@@ -49,6 +50,17 @@ def test_sizes_in_ras_order(tmp_path: Path) -> None:
     assert case.spacing_mm == (3.0, 1.5, 2.0)
     assert case.cropped_shape == (1, 2, 4)
     assert case.relative_size == pytest.approx(8 / 240)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    found = measure(Dataset.open(write_pictures(tmp_path, 3)))
+    # the third lies on its side in its file; turned to RAS all are alike
+    assert {(case.shape, case.spacing_mm, case.cropped_shape) for case in found.cases} == {
+        ((40, 32, 1), (1.0, 1.0, 1.0), (40, 32, 1))
+    }
+    assert found.classes["square"].volume_ml_median == 0.056  # 7 x 8 pixels of 1 mm, 1 mm thick
+    assert len(found.intensities) == 3
+    assert found.intensities[0].maximum > 200
 
 
 def test_each_case_weighs_the_same(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ from PIL import Image
 from medseg import patches, pipeline, records, train
 from medseg.dataset import Dataset
 from medseg.errors import DatasetError, InputError, MedsegError, PlanError
+from medseg.io import read_mask, read_volume
 from medseg.pipeline import RunResult, plan_station, run
+from medseg.plan import Plan
 from medseg.records import TEMPORARY_PREFIX
 from medseg.train import TrainSettings
 
@@ -147,6 +149,24 @@ def test_a_plan_edited_by_hand_is_not_replaced_unsaid(
     run(phantom_dataset, done, train=SETTINGS, overrides=tiny_overrides)
     assert "plan.json was edited by hand and is made anew" in (done / "log.txt").read_text()
     assert path.read_text() == before
+
+
+def test_pictures_go_the_whole_way_in_2d(picture_run: RunResult, picture_dataset: Path) -> None:
+    out = picture_run.out
+    plan = Plan.load(out / "plan.json")
+    assert list(plan.configurations) == ["2d"]  # which is taken where none is named
+    assert plan.axes[0] == 2  # the flat axis comes first
+    assert plan.configuration("2d").median_shape == (1, 32, 40)
+    assert plan.configuration("2d").spacing_mm == (None, 1.0, 1.0)
+    assert [n.scheme for n in plan.normalisation] == ["zscore"] * 3
+    masks = sorted(path.name for path in (out / "predictions" / "fold_0").glob("*.png"))
+    assert len(masks) == 2
+    assert picture_run.evaluation.failed == {}
+    assert picture_run.evaluation.mean.dice is not None
+    assert picture_run.evaluation.mean.dice > 0.4
+    for name in masks:
+        image = read_volume(picture_dataset / "imagesTr" / name.replace(".png", "_0000.png"))
+        assert read_mask(out / "predictions" / "fold_0" / name).geometry == image.geometry
 
 
 def test_masks_lie_on_their_images(tiny_run: RunResult, phantom_dataset: Path) -> None:

@@ -22,9 +22,11 @@ import torch
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.spatial.transform import Rotation
+from small_datasets import picture, save_picture
 
-from medseg import predict, records
+from medseg import io, predict, records
 from medseg.dataset import Case
 from medseg.errors import DatasetError, InputError, PackageError
 from medseg.geometry import Geometry
@@ -145,9 +147,18 @@ def test_of_a_pair_of_header_and_image_the_header_is_taken(tmp_path: Path) -> No
     assert names(find_cases(tmp_path)) == {"a": ["a.hdr"], "b": ["b.hdr.gz"]}
 
 
-def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a\.mha and a\.nii\.gz"):
-        find_cases(touch(tmp_path, "a.nii.gz", "a.mha"))
+def test_two_images_of_one_name_are_refused_and_the_others_done(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    (images / "a.nii").write_bytes(gzip.decompress((images / "a.nii.gz").read_bytes()))
+    touch(images, "c.png", "c.tif")
+    results = predict_cases(predictor, find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "failed", "b": "done", "c": "failed"}
+    assert "a.nii and a.nii.gz" in results[0].reason
+    assert "c.png and c.tif" in results[2].reason
+    touch(tmp_path / "channels", "p_0000.nii", "p_0000.nii.gz", "p_0001.nii")
+    (case,) = find_cases(tmp_path / "channels")
+    assert statuses(predict_cases(predictor, [case], tmp_path / "out")) == {"p": "failed"}
 
 
 def test_where_nothing_is_found_it_is_said_what_was_looked_for(tmp_path: Path) -> None:
@@ -177,6 +188,60 @@ def test_a_dataset_gives_its_test_cases(
     (copy / "dataset.json").write_text("{}")
     with pytest.raises(DatasetError):
         find_cases(copy)
+
+
+# Pictures
+
+
+@pytest.fixture(scope="module")
+def of_pictures(picture_run: RunResult) -> Predictor:
+    return load(picture_run.package, device="cpu")
+
+
+def test_a_folder_of_pictures_gives_masks_on_their_own_pixels(of_pictures: Predictor, tmp_path: Path) -> None:
+    shown = {name: picture(n, (52, 37)) for n, name in enumerate("abc")}
+    for name, orientation, ending in (("a", 1, ".png"), ("b", 6, ".png"), ("c", 6, ".tif")):
+        save_picture(tmp_path / "in" / f"{name}{ending}", shown[name][0], orientation)
+    save_picture(tmp_path / "in" / "grey.png", shown["a"][0][..., 0])
+    touch(tmp_path / "in", "empty.jpg")
+    results = predict_cases(of_pictures, find_cases(tmp_path / "in"), tmp_path / "out")
+    assert {r.case: r.output for r in results} == {"a": "a.png", "b": "b.png", "c": "c.tif", "empty": "", "grey": ""}
+    reasons = {r.case: r.reason for r in results}
+    assert "is empty" in reasons["empty"]
+    assert "has 1 channels (expected 3)" in reasons["grey"]
+    for name, file, orientation in (("a", "a.png", 1), ("b", "b.png", 6), ("c", "c.tif", 6)):
+        with Image.open(tmp_path / "out" / file) as image:
+            assert image.getexif().get(0x0112, 1) == orientation  # so that viewers turn both alike
+        mask = io.read_mask(tmp_path / "out" / file, of_pictures.package.plan.labels)
+        assert mask.geometry == io.read_volume(next((tmp_path / "in").glob(f"{name}.*"))).geometry
+        upright = mask.geometry.to("LPS").apply(mask.array)[..., 0].T
+        assert upright.shape == (37, 52)
+        for value in (1, 3):
+            truth, found = shown[name][1] == value, upright == value
+            assert (truth & found).sum() > 0.8 * truth.sum()  # it lies where the picture shows it,
+            assert found.mean() < 0.25  # and not everywhere
+
+
+def test_a_picture_on_its_side_is_segmented_as_upright(of_pictures: Predictor, tmp_path: Path) -> None:
+    upright = of_pictures(save_picture(tmp_path / "a.png", picture(7)[0]))
+    turned = of_pictures(save_picture(tmp_path / "b.png", picture(7)[0], 6))
+    assert turned.array.shape == (32, 40, 1)
+    np.testing.assert_array_equal(turned.geometry.to("LPS").apply(turned.array), upright.array)
+    assert len(np.unique(upright.array)) > 1
+
+
+def test_the_mask_of_a_picture_does_not_replace_it(of_pictures: Predictor, tmp_path: Path) -> None:
+    before = save_picture(tmp_path / "a.png", picture(0)[0]).read_bytes()
+    (result,) = predict_cases(of_pictures, find_cases(tmp_path), tmp_path, overwrite=True)
+    assert "is the input itself" in result.reason
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_jpeg_in_png_out(of_pictures: Predictor, tmp_path: Path) -> None:
+    Image.fromarray(picture(0)[0]).save(tmp_path / "a.jpg", quality=95)
+    (result,) = predict_cases(of_pictures, find_cases(tmp_path / "a.jpg"), tmp_path / "out")
+    assert result.output == "a.png"
+    assert predict_cases(of_pictures, find_cases(tmp_path / "a.jpg"), tmp_path / "out")[0].status == "kept"
 
 
 # Geometry

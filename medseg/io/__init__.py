@@ -1,12 +1,12 @@
 """Files: the only place where formats, and the LPS convention of some of them, exist.
 
-A format is one module here with ``SUFFIXES``, ``read(path) -> Volume`` and ``write(mask, path)``, and one entry in
-``FORMATS``.
+A format is one module here with ``SUFFIXES``, ``read(path) -> Volume``, ``read_labels(path) -> Volume`` and
+``write(mask, path)``, and one entry in ``FORMATS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryMismatch, InputError
-from medseg.io import itk, nifti
+from medseg.io import itk, nifti, picture
 from medseg.volume import Labels, Mask, Volume
 
 
@@ -27,11 +27,14 @@ class Format(Protocol):
     def read(self, path: Path) -> Volume:
         """Read an image."""
 
+    def read_labels(self, path: Path) -> Volume:
+        """Read a mask: the stored values, where ``read`` gives what they look like (a palette's colours)."""
+
     def write(self, mask: Mask, path: Path) -> None:
         """Write a mask, atomically."""
 
 
-FORMATS: tuple[Format, ...] = (nifti, itk)
+FORMATS: tuple[Format, ...] = (nifti, itk, picture)
 SUFFIXES = tuple(suffix for form in FORMATS for suffix in form.SUFFIXES)
 
 
@@ -44,6 +47,24 @@ def suffix_of(path: Path) -> str | None:
 def name_of(path: Path) -> str:
     """The file name without its image ending: the case's name in a folder of images."""
     return path.name[: -len(suffix_of(path) or path.suffix) or None]
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture (or a stack of them) by its ending: colours, and no size in the world."""
+    return suffix_of(path) in picture.SUFFIXES
+
+
+def format_of(path: Path) -> Format:
+    """The format of a file, by its ending.
+
+    Raises:
+        InputError: it has no known ending.
+    """
+    suffix = suffix_of(path)
+    for form in FORMATS:
+        if suffix in form.SUFFIXES:
+            return form
+    raise InputError(path, "has no known image ending", " ".join(SUFFIXES))
 
 
 def read_volume(paths: Path | Sequence[Path], channels: int | None = None) -> Volume:
@@ -62,7 +83,7 @@ def read_volume(paths: Path | Sequence[Path], channels: int | None = None) -> Vo
         InputError: voxels that are not finite, or another number of channels.
     """
     files = [paths] if isinstance(paths, Path) else list(paths)
-    parts = [_format(path).read(path) for path in files]
+    parts = [format_of(path).read(path) for path in files]
     first = parts[0]
     for part in parts[1:]:
         if not part.geometry.close_to(first.geometry):
@@ -89,18 +110,19 @@ def read_mask(path: Path, labels: Labels | None = None) -> Mask:
         UnreadableFile: the file is damaged or of no known format.
         InputError: more than one channel, values that are no integers, or (with ``labels``) values without a name.
     """
-    volume = _format(path).read(path)
+    volume = format_of(path).read_labels(path)
     if volume.array.shape[0] != 1:
         raise InputError(path, f"has {volume.array.shape[0]} channels", "a mask of one channel")
     array = integral(volume.array[0], path)
     if labels is not None and (unknown := labels.unknown(array)):
-        raise InputError(path, f"label values {unknown[:10]} have no name", f"0 and {dict(labels.values)}")
+        found = f"label values {unknown[:10]} have no name"
+        raise InputError(path, found, f"0 and {dict(labels.values)}", naming(np.unique(array).tolist(), labels))
     return Mask(array, volume.geometry, labels, volume.paths, volume.header, volume.warnings)
 
 
 def write_mask(mask: Mask, path: Path) -> None:
     """Write a mask in the format of the path's ending, atomically, on exactly the grid of its geometry."""
-    _format(path).write(mask, path)
+    format_of(path).write(mask, path)
 
 
 def finite_float32(array: NDArray[Any], where: object) -> NDArray[np.float32]:
@@ -139,16 +161,16 @@ def integral(array: NDArray[Any], where: object) -> NDArray[Any]:
     return values
 
 
+def naming(values: Iterable[int], labels: Labels) -> str:
+    """What to do about a mask with values that ``labels`` does not name."""
+    if set(values) != {0, 255}:
+        return "name them in dataset.json, or correct the mask"
+    name = labels.names[0]
+    return f'it is black and white: write "labels": {{"{name}": 255}} in dataset.json, or divide the mask by 255'
+
+
 def describe_grid(item: Volume | Mask) -> str:
     """Shape, spacing and orientation of a grid in a few words, for messages."""
     g = item.geometry
     size = "x".join(map(str, g.shape))
     return f"{size} at {'x'.join(f'{s:.4g}' for s in g.spacing)} mm {g.orientation}"
-
-
-def _format(path: Path) -> Format:
-    suffix = suffix_of(path)
-    for form in FORMATS:
-        if suffix in form.SUFFIXES:
-            return form
-    raise InputError(path, "has no known image ending", " ".join(SUFFIXES))

@@ -39,6 +39,9 @@ def read(path: Path) -> Volume:
     return Volume(volume.array, volume.geometry, (path,))
 
 
+read_labels = read
+
+
 def write(mask: Mask, path: Path) -> None:
     """Write a mask, compressed, atomically. ``.mhd`` has its voxels in a second file and is refused."""
     if path.name.lower().endswith(".mhd"):

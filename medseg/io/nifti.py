@@ -68,6 +68,9 @@ def read(path: Path) -> Volume:
     return Volume(array, geometry, (path,), header, tuple(warnings))
 
 
+read_labels = read
+
+
 def write(mask: Mask, path: Path) -> None:
     """Write a mask, atomically; the same mask always gives the same bytes.
 

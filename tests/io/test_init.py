@@ -73,6 +73,19 @@ def test_a_mask_with_an_integer_without_a_name_is_refused(tmp_path: Path) -> Non
         read_mask(path, Labels(values={"a": 1}))
 
 
+def test_black_and_white_masks_say_what_to_do(tmp_path: Path) -> None:
+    array = np.array([0, 255, 255, 0], np.uint8).reshape(2, 2, 1)
+    path = tmp_path / "a.nii.gz"
+    write_mask(Mask(array, Geometry(array.shape, np.eye(4))), path)
+    advice = r"black and white: write \"labels\": \{\"cell\": 255\} in dataset\.json, or divide the mask by 255"
+    with pytest.raises(InputError, match=advice):
+        read_mask(path, Labels(values={"cell": 1}))
+    array[0] = 1
+    write_mask(Mask(array, Geometry(array.shape, np.eye(4))), path)
+    with pytest.raises(InputError, match=r"\[255\] have no name.*Name them"):
+        read_mask(path, Labels(values={"cell": 1}))
+
+
 def test_an_image_of_two_channels_is_no_mask(tmp_path: Path) -> None:
     both = np.zeros((4, 5, 3), np.uint8)
     sitk = pytest.importorskip("SimpleITK", reason="SimpleITK is not installed")
