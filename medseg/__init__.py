@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # for type checkers; at run time __getattr__ brings them
     from medseg.errors import MedsegError
     from medseg.pipeline import run
     from medseg.predict import load
+    from medseg.segmenter import Segmenter
 
 __version__ = "0.1.0"
 
@@ -16,8 +17,9 @@ _PLACES = {
     "load": "medseg.predict",
     "run": "medseg.pipeline",
     "MedsegError": "medseg.errors",
+    "Segmenter": "medseg.segmenter",
 }
-__all__ = ["MedsegError", "__version__", "load", "run"]
+__all__ = ["MedsegError", "Segmenter", "__version__", "load", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -213,6 +213,11 @@ def sandbox(
         changed = {"train": quick, "overrides": overrides, "configuration": "3d_fullres", "regions": None}
         return run(dataset, out, **{**choices, **changed})
 
+    def quick_fit(dataset: Path, out: Path, **choices: Any) -> RunResult:
+        with monkeypatch.context() as patch:
+            patch.setattr("medseg.pipeline.plan_station", plan_station)  # its arrays are small, and some are flat
+            return run(dataset, out, **{**choices, "train": quick})
+
     def quick_plan(*arguments: Any) -> Any:
         *rest, configuration, overrides, show = arguments
         return plan_station(*rest, configuration, [*overrides, *tiny_overrides], show)
@@ -223,6 +228,7 @@ def sandbox(
 
     (tmp_path / "deep" / "below").mkdir(parents=True)  # so that ../ stays within
     monkeypatch.chdir(tmp_path / "deep" / "below")
+    monkeypatch.setattr("medseg.segmenter.run", quick_fit)  # first: it takes medseg.pipeline.run when it is imported
     monkeypatch.setattr("medseg.pipeline.run", quick_run)
     monkeypatch.setattr("medseg.pipeline.plan_station", quick_plan)
     monkeypatch.setattr("medseg.cli._train_settings", lambda **_: quick)

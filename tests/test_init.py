@@ -8,12 +8,14 @@ import medseg
 import medseg.errors
 import medseg.pipeline
 import medseg.predict
+import medseg.segmenter
 
 
 def test_the_names_are_those_of_the_rooms() -> None:
     assert medseg.load is medseg.predict.load
     assert medseg.run is medseg.pipeline.run
     assert medseg.MedsegError is medseg.errors.MedsegError
+    assert medseg.Segmenter is medseg.segmenter.Segmenter
 
 
 def test_the_version_is_the_one_that_is_installed() -> None:
