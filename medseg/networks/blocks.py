@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 Sizes = int | Sequence[int]
 INSTANCE_NORM = ("INSTANCE", {"affine": True})
@@ -160,8 +162,16 @@ def cropped(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def interpolated(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resampled to a size, linear between the centres of voxels, and constant beyond the outermost ones."""
+    """Resampled to a size, linear between the centres of voxels, and constant beyond the outermost ones.
+
+    Where torch is asked for determinism by products with matrices, as its own way has none for volumes on a GPU.
+    """
     if tuple(x.shape[2:]) == tuple(size):
+        return x
+    if torch.are_deterministic_algorithms_enabled():
+        for axis, n in enumerate(size, start=2):
+            one = torch.eye(x.shape[axis], dtype=x.dtype, device=x.device)[None]
+            x = torch.tensordot(x, F.interpolate(one, n, mode="linear")[0], ([axis], [0])).movedim(-1, axis)
         return x
     return F.interpolate(x, tuple(size), mode="bilinear" if x.ndim == 4 else "trilinear", align_corners=False)
 
@@ -177,6 +187,24 @@ def initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, a=0.01)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def checkpoint_contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For ``torch.utils.checkpoint``: the second forward pass leaves the running statistics of batch norms alone."""
+    return nullcontext(), _statistics_kept(stage)
+
+
+@contextmanager
+def _statistics_kept(stage: nn.Module) -> Iterator[None]:
+    norms = [module for module in stage.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None  # a share of 0, and none counted
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 # ---- speed on processors (figures in docs/experiments.md) ------------------------------------------------------------
@@ -218,7 +246,8 @@ class _InstanceNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         result = torch.empty_like(x)
-        mean, inverse = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+        # in the precision of the weights: an image in half precision has its statistics in full
+        mean, inverse = weight.new_empty(x.shape[:2]), weight.new_empty(x.shape[:2])
         for n in range(x.shape[0]):
             torch.ops.aten.native_batch_norm.out(
                 x[n : n + 1], weight, bias, None, None, True, 0.0, eps,

@@ -10,14 +10,33 @@ to 320 features), 140,013,058 in 2D with eight (32 to 512).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from medseg.networks.blocks import ENCODER_STAGES, ConvBlock, Stage
 from medseg.networks.unet import UNet
 from medseg.plan import RESENC_BLOCKS
+
+
+class _Average(nn.Module):
+    """The mean over the voxels of each step, which the sizes are multiples of.
+
+    As torch's average pooling, which for volumes leaves the channels-last format, has no deterministic gradient on a
+    GPU, and none of half precision on a processor.
+    """
+
+    def __init__(self, stride: Sequence[int]) -> None:
+        super().__init__()
+        self.stride = tuple(stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis, step in enumerate(self.stride, start=2):
+            if step > 1:
+                x = reduce(torch.add, torch.unflatten(x, axis, (-1, step)).unbind(axis + 1)) / step
+        return x
 
 
 class ResidualBlock(nn.Module):
@@ -49,8 +68,7 @@ class ResidualBlock(nn.Module):
         self.act, self.second.act = self.second.act, nn.Identity()  # it comes after the sum
         self.skip = nn.Sequential()
         if tuple(stride) != ones:
-            pool: Callable[..., nn.Module] = nn.AvgPool2d if len(ones) == 2 else nn.AvgPool3d
-            self.skip.append(pool(tuple(stride), tuple(stride)))
+            self.skip.append(_Average(stride))
         if in_channels != out_channels:
             self.skip.append(conv(in_channels, out_channels, ones, ones, act=None, dropout=0, bias=False))
         if isinstance(weight := getattr(self.second.norm, "weight", None), Tensor):

@@ -24,6 +24,7 @@ from medseg.networks.blocks import (
     Sizes,
     Stage,
     arranged,
+    checkpoint_contexts,
     conv_stage,
     convolution,
     cropped,
@@ -189,7 +190,7 @@ class UNet(nn.Module):
 
     def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            again: Tensor = checkpoint(stage, x, use_reentrant=False)
+            again: Tensor = checkpoint(stage, x, use_reentrant=False, context_fn=partial(checkpoint_contexts, stage))
             return again
         result: Tensor = stage(x)
         return result

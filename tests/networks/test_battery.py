@@ -1,0 +1,246 @@
+"""What every architecture must do, whatever its form: a new one joins through ``ARCHITECTURES``.
+
+Exporting is slow: it runs for each architecture in 2D and 3D, on an odd size, and not for every size and channel.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import safetensors.torch
+import torch
+from monai.bundle import verify_net_in_out
+from monai.inferers import SlidingWindowInferer
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+from torch import Tensor, nn
+
+from medseg.losses import build_loss
+from medseg.networks import ARCHITECTURES
+
+CLASSES = 3
+SIZES = {"odd": (7, 9, 5), "even": (8, 12, 8)}
+EVERY = list(itertools.product(ARCHITECTURES, (2, 3)))
+every_network = pytest.mark.parametrize(("name", "dims"), EVERY)
+
+
+def made(name: str, dims: int, in_channels: int = 1, **more: Any) -> nn.Module:
+    """A tiny network of three stages with kernels and strides of an anisotropic plan."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"kernel_sizes": (3, 3, 3), "strides": (1, 2, (1, 2))}
+    if dims == 3:
+        sizes = {"kernel_sizes": ((1, 3, 3), 3, 3), "strides": (1, (1, 2, 2), 2)}
+    return ARCHITECTURES[name](dims, in_channels, CLASSES, features=(4, 6, 8), **{**sizes, **more})
+
+
+def image(dims: int, channels: int = 1, kind: str = "odd", batch: int = 2) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(batch, channels, *SIZES[kind][:dims])
+
+
+def logits_of(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        result = network.eval()(x)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def gradients_of(network: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    """Of a loss that all logits of training count in."""
+    network.zero_grad()
+    result = network.train()(x)
+    levels = result if isinstance(result, list) else [result]
+    torch.manual_seed(2)
+    sum((level * torch.randn_like(level)).mean() for level in levels).backward()
+    return {key: None if p.grad is None else p.grad.clone() for key, p in network.named_parameters()}
+
+
+def blurred(network: nn.Module) -> nn.Module:
+    """Without the zeros that biases and the norms of residual blocks begin with, behind which gradients are 0."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            if weight.ndim == 1:
+                weight += 0.2 + 0.2 * torch.rand_like(weight)
+    return network
+
+
+@every_network
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("supervised", [False, True])
+def test_any_size_any_channels(name: str, dims: int, kind: str, channels: int, supervised: bool) -> None:
+    network = blurred(made(name, dims, channels, deep_supervision=supervised))
+    x = image(dims, channels, kind)
+    whole = (2, CLASSES, *x.shape[2:])
+    # in training: a list, highest resolution first, or one tensor
+    result = network.train()(x)
+    assert isinstance(result, list) == supervised
+    levels = result if supervised else [result]
+    assert len(levels) == (2 if supervised else 1)
+    assert levels[0].shape == whole
+    voxels = [level[0, 0].numel() for level in levels]
+    assert voxels == sorted(voxels, reverse=True)
+    assert all(level.isfinite().all() for level in levels)
+    # every parameter learns
+    gradients = gradients_of(network, x)
+    assert [key for key, gradient in gradients.items() if gradient is None or not gradient.isfinite().all()] == []
+    assert [k for k, g in gradients.items() if g is not None and g.ndim > 1 and not g.any()] == []
+    # in evaluation: one tensor, the same each time, and a sample's does not depend on its neighbours
+    logits = logits_of(network, x)
+    assert logits.shape == whole
+    assert torch.equal(logits, logits_of(network, x))
+    torch.testing.assert_close(logits[1:], logits_of(network, x[1:]), rtol=1e-3, atol=1e-4)
+
+
+@every_network
+def test_torch_export(name: str, dims: int) -> None:
+    network = made(name, dims).eval()
+    x = image(dims)
+    exported = torch.export.export(network, (x,))
+    torch.testing.assert_close(exported.module()(x), logits_of(network, x), rtol=1e-4, atol=1e-5)
+
+
+@every_network
+# a trace is of one size, which is what its warnings say
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript(name: str, dims: int) -> None:
+    network = made(name, dims).eval()
+    x = image(dims)
+    with torch.no_grad():
+        traced = torch.jit.trace(network, x)
+        torch.testing.assert_close(traced(x), logits_of(network, x), rtol=1e-4, atol=1e-5)
+
+
+@every_network
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the exporter's own parts
+def test_onnx(name: str, dims: int) -> None:
+    network = made(name, dims, 2).eval()
+    x = image(dims, 2)
+    program = torch.onnx.export(network, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), logits_of(network, x), rtol=0, atol=1e-4)
+
+
+@every_network
+def test_sliding_window_of_monai(name: str, dims: int) -> None:
+    network = made(name, dims).eval()
+    x = image(dims, kind="even", batch=1)
+    window = tuple(n // 2 for n in x.shape[2:])
+    with torch.inference_mode():
+        result = SlidingWindowInferer(roi_size=window, sw_batch_size=3, overlap=0)(x, network)
+        assert result.shape == (1, CLASSES, *x.shape[2:])
+        first = (..., *(slice(n) for n in window))
+        torch.testing.assert_close(result[first], network(x[first]), rtol=1e-4, atol=1e-5)
+        smooth = SlidingWindowInferer(roi_size=window, sw_batch_size=3, overlap=0.5, mode="gaussian")(x, network)
+    assert smooth.shape == result.shape
+
+
+@every_network
+def test_deep_supervision_loss_of_monai(name: str, dims: int) -> None:
+    network = made(name, dims, deep_supervision=True).train()
+    x = image(dims)
+    labels = torch.randint(0, CLASSES, (2, 1, *x.shape[2:])).float()
+    levels = network(x)
+    single = DiceCELoss(softmax=True, to_onehot_y=True)
+    loss = DeepSupervisionLoss(single, weight_mode="exp")(levels, labels)
+    loss.backward()
+    assert loss.item() > single(levels[0], labels).item() * 0.99  # the first level has the weight 1
+    ours = build_loss("dice_ce", batch=False, ignore_index=None, levels=2)(levels, labels)
+    assert ours.isfinite()
+
+
+@every_network
+def test_a_bundle_of_monai(name: str, dims: int, tmp_path: Path) -> None:
+    kind = ARCHITECTURES[name].__name__
+    arguments = {"spatial_dims": dims, "in_channels": 2, "out_channels": CLASSES, "features": [4, 6, 8]}
+    config = {"network_def": {"_target_": f"medseg.networks.{kind}", "deep_supervision": True, **arguments}}
+    size = ["8*n"] * (dims - 1) + [7]
+    outer = {"type": "tuple", "format": "segmentation", "modality": "MR", "dtype": "float32", "spatial_shape": size}
+    formats = {
+        "inputs": {"image": {**outer, "num_channels": 2, "value_range": [-10, 10], "is_patch_data": True}},
+        "outputs": {"pred": {**outer, "num_channels": CLASSES, "value_range": [-99, 99], "is_patch_data": True}},
+    }
+    (tmp_path / "inference.json").write_text(json.dumps(config))
+    (tmp_path / "metadata.json").write_text(json.dumps({"network_data_format": formats}))
+    places = {"config_file": str(tmp_path / "inference.json"), "meta_file": str(tmp_path / "metadata.json")}
+    verify_net_in_out(net_id="network_def", device="cpu", n=2, **places)
+    with pytest.raises(ValueError, match="channel number"):  # it would have noticed
+        verify_net_in_out(net_id="network_def", device="cpu", **places, **{"network_def#out_channels": CLASSES + 1})
+
+
+@every_network
+def test_weights_through_safetensors(name: str, dims: int) -> None:
+    network = blurred(made(name, dims, norm="batch"))
+    x = image(dims)
+    network.train()(x)  # running means, too
+    other = made(name, dims, norm="batch")
+    other.load_state_dict(safetensors.torch.load(safetensors.torch.save(network.state_dict())))
+    assert torch.equal(logits_of(network, x), logits_of(other, x))
+
+
+@every_network
+@pytest.mark.parametrize(
+    ("norm", "act", "dropout"),
+    [
+        ("batch", "relu", 0.0),
+        (("group", {"num_groups": 2}), ("prelu", {"init": 0.1}), 0.3),
+        (("INSTANCE", {"affine": False}), "GELU", ("alphadropout", {"p": 0.1})),
+        ("instance", ("ELU", {"alpha": 0.5}), ("dropout", {"p": 0.2})),
+        (None, "mish", None),
+    ],
+)
+def test_specifications_of_monai(name: str, dims: int, norm: Any, act: Any, dropout: Any) -> None:
+    network = made(name, dims, norm=norm, act=act, dropout=dropout)
+    x = image(dims)
+    assert all(g is not None and g.isfinite().all() for g in gradients_of(network, x).values())
+    assert torch.equal(logits_of(network, x), logits_of(network, x))  # no dropout in evaluation
+    differ = not torch.equal(network.train()(x), network(x))
+    assert differ == bool(dropout)
+
+
+@every_network
+@pytest.mark.parametrize("supervised", [False, True])
+def test_checkpointing_changes_no_number(name: str, dims: int, supervised: bool) -> None:
+    usual = blurred(made(name, dims, deep_supervision=supervised))
+    saving = made(name, dims, deep_supervision=supervised, checkpointing=True)
+    assert saving.state_dict().keys() == usual.state_dict().keys()
+    saving.load_state_dict(usual.state_dict())
+    x = image(dims)
+    expected, found = gradients_of(usual, x), gradients_of(saving, x)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, msg=key)
+
+
+@every_network
+@pytest.mark.parametrize("how", ["converted", "autocast"])
+def test_half_precision(name: str, dims: int, how: str) -> None:
+    network = made(name, dims)
+    x = image(dims, kind="even")
+    exact = logits_of(network, x)
+    if how == "converted":
+        half = logits_of(copy.deepcopy(network).bfloat16(), x.bfloat16())
+        assert half.dtype == torch.bfloat16
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            half = logits_of(network, x)
+            gradients = gradients_of(network, x)
+        assert all(g is not None and g.isfinite().all() for g in gradients.values())
+    assert (half.float() - exact).abs().mean() < 0.05 * exact.abs().mean()  # bfloat16 has 8 bits: 0.4 % a step
+
+
+@every_network
+def test_channels_last(name: str, dims: int) -> None:
+    network = made(name, dims, 4)
+    x = image(dims, 4)
+    last = x.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+    torch.testing.assert_close(logits_of(network, last), logits_of(network, x))
+    expected, found = gradients_of(network, x), gradients_of(network, last)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, msg=key)
