@@ -25,6 +25,9 @@ NECK = 0.9
 """Without a boundary class, two parts of a mask are two objects where the neck between them is narrower than this part
 of the thickness of the thinner one. Two equal discs of radius r are parted where their centres are more than
 2 x sqrt(1 - 0.9^2) = 0.87 r apart. Of 0.6 to 0.96, 0.9 finds most nuclei of 160 images in their union (F1 0.96)."""
+NECK_INSIDE = 0.8
+"""As ``NECK``, for insides without their boundary: where the boundary of two cells was not found, their neck may show.
+On the same images it costs 0.006 of F1 where boundaries are perfect, and brought 0.04 after two minutes of training."""
 SMOOTHING_VOXELS = 0.5
 """Standard deviation with which distances are smoothed before necks are looked for: an outline is known to half a
 voxel."""
@@ -32,16 +35,19 @@ SPECK = 0.02
 """A piece smaller than this part of the typical object is no object. In the Data Science Bowl 2018, nuclei that the
 image's border cuts are 1 % of the others at the least."""
 
+_ALL_NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
+
 
 def separate(
     mask: NDArray[Any], inside: int | Sequence[int], boundary: int | None = None, spacing_mm: Spacing = ISOTROPIC
 ) -> Ids:
     """Part the objects of a mask.
 
-    With a boundary class, every connected piece (across faces) of the inside is an object, and so is a piece of
-    boundary alone; the rest of the boundary goes to the nearest of them. Without one, a connected piece is cut at its
-    necks (``NECK``): the watershed of the distance from the background, from all its peaks that a neck parts from
-    higher ground. It knows no size: large and small objects are cut by one rule.
+    Without a boundary class, every connected piece (across corners too) is cut at its necks (``NECK``): the watershed
+    of the distance from the background, from all its peaks that a neck parts from higher ground. It knows no size:
+    large and small objects are cut by one rule. With a boundary class, the inside is cut so (``NECK_INSIDE``), but
+    mostly the boundary has done it; a piece of boundary alone is an object too, and the rest of the boundary goes to
+    the nearest object.
 
     A piece below ``SPECK`` of the typical size is a speck: its voxels go to the objects that they touch, or else to the
     background. The typical object is the one to which the median voxel belongs.
@@ -63,16 +69,16 @@ def separate(
     if not marked.any():
         return np.zeros(mask.shape, dtype=np.int32)
     if boundary is None:
-        ground, markers = _hills(marked, spacing_mm)
+        ground, markers = _hills(marked, spacing_mm, NECK)
     else:
         ground, markers = _from_cores(core, marked, spacing_mm)
     watershed = _skimage("segmentation").watershed
-    ids = watershed(ground, markers, mask=marked)
+    ids = watershed(ground, markers, _ALL_NEIGHBOURS, mask=marked)
     sizes = np.bincount(ids.ravel())
     sizes[0] = 0
     large = sizes >= SPECK * _typical(sizes)
     if not large[1:].all():
-        ids = watershed(ground, np.where(large[markers], markers, 0), mask=marked)
+        ids = watershed(ground, np.where(large[markers], markers, 0), _ALL_NEIGHBOURS, mask=marked)
     return np.asarray(np.where(ids > 0, (np.cumsum(large) * large)[ids], 0), dtype=np.int32)
 
 
@@ -155,27 +161,28 @@ def join(masks: Iterable[NDArray[Any]], shape: tuple[int, int, int]) -> Joined:
 def _from_cores(
     core: NDArray[np.bool_], marked: NDArray[np.bool_], spacing_mm: Spacing
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Distance from the insides, and every piece of inside with the boundary that is nearest to it.
+    """Distance from the insides, and every inside with the boundary that is nearest to it.
 
     A piece of boundary without inside is one too. What is nearest to an inside across background is left to the flood.
     """
-    markers, count = ndimage.label(core)
-    pieces, _ = ndimage.label(marked)
+    ground, peaks = _hills(core, spacing_mm, NECK_INSIDE)
+    cores = _skimage("segmentation").watershed(ground, peaks, _ALL_NEIGHBOURS, mask=core)
+    pieces, _ = ndimage.label(marked, _ALL_NEIGHBOURS)
     alone = np.ones(pieces.max() + 1, dtype=bool)
     alone[pieces[core]] = alone[0] = False
-    lonely, _ = ndimage.label(alone[pieces])
-    markers = np.where(lonely > 0, lonely + count, markers)
+    lonely, _ = ndimage.label(alone[pieces], _ALL_NEIGHBOURS)
+    markers = np.where(lonely > 0, lonely + cores.max(), cores)
     distance, nearest = ndimage.distance_transform_edt(markers == 0, sampling=spacing_mm, return_indices=True)
     regions = np.where(marked, markers[tuple(nearest)], 0)
-    parts = _skimage("measure").label(regions, connectivity=1)
+    parts = _skimage("measure").label(regions)
     return distance, np.where(np.isin(parts, np.unique(parts[markers > 0])), regions, 0)
 
 
-def _hills(marked: NDArray[np.bool_], spacing_mm: Spacing) -> tuple[NDArray[Any], NDArray[Any]]:
+def _hills(marked: NDArray[np.bool_], spacing_mm: Spacing, neck: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """The negative distance from the background, and its basins that a neck parts from deeper ones.
 
-    A basin is kept where every way to a deeper one passes a height below ``NECK`` times its own: the regional maxima
-    of the reconstruction of ``NECK`` x height under the height (Vincent 1993), h-maxima with an h in proportion to the
+    A basin is kept where every way to a deeper one passes a height below ``neck`` times its own: the regional maxima of
+    the reconstruction of ``neck`` x height under the height (Vincent 1993), h-maxima with an h in proportion to the
     height. Around the image is background, but not before and behind a picture.
     """
     margin = [(0, 0) if n == 1 < marked.size else (1, 1) for n in marked.shape]
@@ -184,8 +191,8 @@ def _hills(marked: NDArray[np.bool_], spacing_mm: Spacing) -> tuple[NDArray[Any]
     height = ndimage.distance_transform_edt(padded, sampling=spacing_mm)
     height = padded * ndimage.gaussian_filter(height, [SMOOTHING_VOXELS * (after > 0) for _, after in margin])
     morphology = _skimage("morphology")
-    peaks = morphology.local_maxima(morphology.reconstruction(NECK * height, height)) & padded
-    markers, _ = ndimage.label(peaks, np.ones((3, 3, 3)))
+    peaks = morphology.local_maxima(morphology.reconstruction(neck * height, height)) & padded
+    markers, _ = ndimage.label(peaks, _ALL_NEIGHBOURS)
     return -height[within], markers[within]
 
 

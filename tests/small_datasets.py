@@ -104,3 +104,24 @@ def save_picture(path: Path, upright: np.ndarray[Any, Any], orientation: int = 1
     stored = np.rot90(upright) if orientation == 6 else upright
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
     return path
+
+
+def nuclei(root: Path, count: int = 6, size: tuple[int, int] = (48, 40)) -> Path:
+    """A folder as the Data Science Bowl 2018 has it: RGBA images n0, n1, ... and one mask a nucleus.
+
+    Each has two squares of 10 pixels that touch, and one of 6 by itself, bright on black; every third is dark on white.
+    ``size`` is columns and rows.
+    """
+    for n in range(count):
+        rng = np.random.default_rng(n)
+        rows, columns = rng.integers(2, size[1] - 12), rng.integers(2, size[0] - 34)
+        shade = rng.normal(20, 3, size[::-1])
+        for number, (column, edge) in enumerate(((columns, 10), (columns + 10, 10), (columns + 24, 6))):
+            mask = np.zeros(size[::-1], np.uint8)
+            mask[rows : rows + edge, column : column + edge] = 255
+            shade[mask > 0] += 150 + 20 * number
+            save_picture(root / "stage1_train" / f"n{n}" / "masks" / f"{number}.png", mask)
+        grey = (255 - shade if n % 3 == 2 else shade).clip(0, 255).astype(np.uint8)
+        pixels = np.dstack([grey, grey, grey, np.full_like(grey, 255)])
+        save_picture(root / "stage1_train" / f"n{n}" / "images" / f"n{n}.png", pixels)
+    return root

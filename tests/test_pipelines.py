@@ -1,4 +1,4 @@
-"""The ten scripts: each recipe fits its task, and data like the task's own are checked, measured and planned."""
+"""The scripts: each recipe fits its task, and data like the task's own are checked, measured and planned."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ import runpy
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
+import small_datasets
 
 from medseg.check import check
 from medseg.dataset import Dataset
+from medseg.errors import InputError
 from medseg.fingerprint import measure
-from medseg.phantom import make_dataset
+from medseg.io import read_mask
+from medseg.metrics import InstanceMeans, score_instances
+from medseg.phantom import make_dataset, write_scenes
+from medseg.plan import Plan
 from medseg.planning import make_plan, override_plan
+from medseg.postprocess import separate
 from medseg.recipe import Recipe
+from medseg.train import TrainSettings
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted((ROOT / "pipelines").glob("*.py"))
+SCRIPTS = sorted((ROOT / "pipelines").glob("task*.py"))
+NUCLEI = ROOT / "pipelines" / "nuclei_dsb2018.py"
+SATELLITE = ROOT / "pipelines" / "satellite.py"
 
 
 @dataclass(frozen=True)
@@ -49,13 +60,17 @@ TASKS = {
 }
 
 
-def recipe_of(script: Path) -> Recipe:
+def loaded(script: Path) -> Any:
     spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    recipe = module.RECIPE
+    return module
+
+
+def recipe_of(script: Path) -> Recipe:
+    recipe = loaded(script).RECIPE
     assert isinstance(recipe, Recipe)
     return recipe
 
@@ -66,7 +81,7 @@ def test_there_is_one_script_a_task_and_the_table_of_data_lists_it() -> None:
     assert [task for task in TASKS if f"| {task} |" not in table] == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("script", [*SCRIPTS, NUCLEI, SATELLITE], ids=lambda p: p.stem)
 def test_a_script_tells_the_story_of_its_data(script: Path) -> None:
     story = script.read_text().split('"""')[1]
     for part in ("What and where from:", "How acquired:", "Labels:", "What is hard:", "Trap:"):
@@ -117,9 +132,122 @@ def test_the_regions_of_brain_tumours_are_those_of_the_decathlons_numbers() -> N
     assert recipe_of(SCRIPTS[0]).regions == {"whole tumour": (1, 2, 3), "tumour core": (2, 3)}
 
 
-def test_a_script_is_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPTS[3]), "--help"])
+@pytest.mark.parametrize(("script", "argument"), [(SCRIPTS[3], "DATASET"), (NUCLEI, "FOLDER"), (SATELLITE, "FOLDER")])
+def test_a_script_is_a_command(
+    script: Path, argument: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(SCRIPTS[3]), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     assert not end.value.code
-    assert "DATASET" in capsys.readouterr().out
+    assert argument in capsys.readouterr().out
+
+
+# ---- nuclei ----------------------------------------------------------------------------------------------------------
+
+SMALL = ("plan.patch_size=[16,16]", "plan.features=[4,8]", "plan.strides=[[1,1],[2,2]]", "plan.batch_size=2")
+
+
+@pytest.mark.parametrize("boundary", [True, False])
+def test_nuclei_from_the_folder_to_the_scores(boundary: bool, tmp_path: Path) -> None:
+    folder = small_datasets.nuclei(tmp_path / "data")
+    script = loaded(NUCLEI)
+    settings = TrainSettings(iterations=3, device="cpu")
+    out = tmp_path / "out"
+    means = script.run_nuclei(folder, out, boundary=boundary, train=settings, overrides=SMALL)
+    header, *rows = (out / "instances.csv").read_text().splitlines()
+    assert header.startswith("image,dice,f1,")
+    assert len(rows) == means.n == 2  # a fifth of six, rounded up
+    assert means == InstanceMeans.load(out / "instances.json")
+    assert (out / "worst.png").exists()
+    for row in rows:
+        case = row.split(",")[0]
+        ids, predicted, reference = (
+            read_mask(out / place / f"{case}.png").array
+            for place in ("instances", "predictions/fold_0", "dataset/instances")
+        )
+        assert np.array_equal(ids, separate(predicted, 1, 2 if boundary else None))
+        assert float(row.split(",")[1]) == score_instances(ids, reference).dice
+    plan = (out / "plan.json").read_text()
+    assert ('"cell_segmenter"' in plan) == boundary
+
+
+def test_nuclei_of_broken_images_are_named_and_the_others_kept(tmp_path: Path) -> None:
+    place = small_datasets.nuclei(tmp_path / "data", count=7) / "stage1_train"
+    (place / "n0" / "images" / "n0.png").unlink()
+    (place / "n1" / "masks" / "1.png").write_bytes(b"no picture")
+    small_datasets.save_picture(place / "n2" / "masks" / "1.png", np.ones((5, 5), np.uint8))
+    for file in (place / "n3" / "masks").iterdir():
+        file.unlink()
+    first = (place / "n4" / "masks" / "0.png").read_bytes()
+    (place / "n4" / "masks" / "9.png").write_bytes(first)
+    small_datasets.save_picture(place / "n5" / "masks" / "9.png", np.zeros((40, 48), np.uint8))
+    findings = loaded(NUCLEI).write_dataset(place, tmp_path / "dataset")
+    assert findings.unusable_cases == ("n0", "n1", "n2", "n3")
+    kinds = {case: [f.kind for f in findings.of(case)] for case in ("n4", "n5", "n6")}
+    assert kinds == {"n4": ["overlap", "hidden"], "n5": ["empty"], "n6": []}
+    assert "holds 0 images" in findings.of("n0")[0].found
+    assert [case.id for case in Dataset.open(tmp_path / "dataset").cases] == ["n4", "n5", "n6"]
+    assert check(Dataset.open(tmp_path / "dataset")).unusable_cases == ()
+
+
+def test_nuclei_where_none_can_be_used(tmp_path: Path) -> None:
+    script = loaded(NUCLEI)
+    with pytest.raises(InputError, match="holds no ID/images"):
+        script.write_dataset(tmp_path, tmp_path / "dataset")
+    place = small_datasets.nuclei(tmp_path / "data", count=1)
+    (place / "stage1_train" / "n0" / "images" / "n0.png").unlink()
+    with pytest.raises(InputError, match="none of its 1 images"):
+        script.write_dataset(place, tmp_path / "dataset")
+
+
+def test_nuclei_of_an_image_without_prediction_count_as_missed(tmp_path: Path) -> None:
+    script = loaded(NUCLEI)
+    script.write_dataset(small_datasets.nuclei(tmp_path / "data", count=1), tmp_path / "dataset")
+    result = script.score_image("n0", tmp_path, True)
+    assert (result.score.n_reference, result.score.f1) == (3, 0.0)
+    assert "missing" in result.reason
+
+
+def test_real_nuclei_are_read_and_parted_again(real_data: Path, tmp_path: Path) -> None:
+    script = loaded(NUCLEI)
+    folders = script.image_folders(real_data / "nuclei_dsb2018")
+    assert len(folders) == 160
+    sizes, scores, overlaps = set(), [], []
+    for folder in folders[:60:6]:
+        image, nuclei, warnings = script.read_nuclei(folder)
+        overlaps += [warning.found for warning in warnings]
+        assert image.stem == folder.name
+        sizes.add(nuclei.array.shape)
+        assert nuclei.array.max() == len(list((folder / "masks").iterdir()))
+        scores.append(score_instances(separate(script.boundary_classes(nuclei.array, 1.0), 1, 2), nuclei.array))
+    assert {(256, 256, 1), (320, 256, 1)} < sizes  # columns before rows
+    assert overlaps == ["1 pixels are in several masks"]
+    f1 = InstanceMeans.of(scores).f1
+    assert f1 is not None
+    assert f1 > 0.98
+
+
+# ---- land ------------------------------------------------------------------------------------------------------------
+
+
+def test_land_from_the_tiles_to_the_mask_of_the_scene(tmp_path: Path) -> None:
+    folder = write_scenes(tmp_path / "land", tiles=5, tile_shape=(64, 64), scene_shape=(150, 100))
+    tiny = ("plan.patch_size=[32,32]", "plan.features=[4,8,8,8]")
+    settings = TrainSettings(iterations=2, device="cpu")
+    dice = loaded(SATELLITE).run_satellite(folder, tmp_path / "out", train=settings, overrides=tiny)
+    assert list(dice) == ["water", "forest", "field", "built-up"]
+    with rasterio.open(folder / "scene.tif") as scene, rasterio.open(tmp_path / "out" / "scene_mask.tif") as mask:
+        assert (mask.crs, mask.transform, mask.shape) == (scene.crs, scene.transform, scene.shape)
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    assert {n.scheme for n in plan.normalisation} == {"ct"}
+    assert plan.configuration("2d").network.name == "satellite_segmenter"
+    assert plan.configuration("2d").mirror_axes == (0, 1)
+
+
+def test_land_without_a_scene_is_not_trained_on(tmp_path: Path) -> None:
+    folder = write_scenes(tmp_path / "land", tiles=2, tile_shape=(64, 64), scene_shape=(64, 64))
+    (folder / "scene.tif").unlink()
+    with pytest.raises(InputError, match="a scene beside"):
+        loaded(SATELLITE).run_satellite(folder, tmp_path / "out", train=TrainSettings(iterations=1))
+    assert not (tmp_path / "out").exists()

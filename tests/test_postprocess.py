@@ -46,16 +46,16 @@ def test_boundary_goes_to_the_nearest_inside() -> None:
 
 
 def test_thick_slices_are_far_away() -> None:
-    # The middle voxel has an inside 2 mm to the left, and one 1 mm above it.
-    mask = np.array([[1, 2], [0, 1]]).reshape(2, 2, 1)
-    assert flat(separate(mask, 1, 2, spacing_mm=(1.0, 2.0, 1.0))) == [1, 2, 0, 2]
-    assert flat(separate(mask, 1, 2, spacing_mm=(2.0, 1.0, 1.0))) == [1, 1, 0, 2]
+    # The corner between two insides is two steps from each.
+    mask = np.array([[1, 2, 2], [0, 0, 2], [0, 0, 1]]).reshape(3, 3, 1)
+    assert flat(separate(mask, 1, 2, spacing_mm=(1.0, 2.0, 1.0))) == [1, 1, 2, 0, 0, 2, 0, 0, 2]
+    assert flat(separate(mask, 1, 2, spacing_mm=(2.0, 1.0, 1.0))) == [1, 1, 1, 0, 0, 2, 0, 0, 2]
 
 
 def test_boundary_stays_with_an_inside_that_it_hangs_together_with() -> None:
-    # The end of the upper row is nearer to the right inside (1.4, across a corner) than to the left one (2.2).
-    mask = np.array([[2, 2, 2, 0], [1, 0, 0, 1]]).reshape(2, 4, 1)
-    assert flat(separate(mask, 1, 2)) == [1, 1, 1, 0, 1, 0, 0, 2]
+    # The end of the upper row is nearer to the lower inside (2, across background) than to its own (4).
+    mask = np.array([[1, 2, 2, 2, 2], [0, 0, 0, 0, 0], [0, 0, 0, 0, 1]]).reshape(3, 5, 1)
+    assert flat(separate(mask, 1, 2)) == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]
 
 
 def test_a_boundary_alone_is_an_object() -> None:
@@ -63,8 +63,21 @@ def test_a_boundary_alone_is_an_object() -> None:
 
 
 def test_insides_that_touch_in_a_corner_are_two() -> None:
-    ids = separate(np.array([[1, 0], [0, 1]]).reshape(2, 2, 1), 1, 2)
-    assert flat(ids) == [1, 0, 0, 2]
+    # Squares of 3: the middle is 2 deep, the corner 1.
+    mask = np.zeros((6, 6, 1), dtype=int)
+    mask[:3, :3] = mask[3:, 3:] = 1
+    ids = separate(mask, 1, 2)
+    assert (ids[:3, :3] == 1).all()
+    assert (ids[3:, 3:] == 2).all()
+    assert (ids > 0).sum() == 18
+
+
+def test_a_boundary_with_a_gap_is_helped_by_the_neck() -> None:
+    ids = discs((15, 20, 10), (31, 20, 10))
+    classes = boundary_classes(ids, 1.0)
+    classes[20:27, 19:22] = 1
+    assert ndimage.label(classes == 1)[1] == 1
+    assert score_instances(separate(classes, 1, 2), ids).matches[:9] == (2,) * 9
 
 
 def test_several_kinds_of_cells_have_one_boundary() -> None:

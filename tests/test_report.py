@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medseg.errors import InputError
 from medseg.evaluate import CaseScores, ClassSummary, Evaluation, Means, Spread
 from medseg.metrics import ClassScore
-from medseg.report import markdown_summary, save_curve, score_table
+from medseg.report import Panel, markdown_summary, save_contact_sheet, save_curve, score_table
+from medseg.report.contact_sheet import outlines
 from medseg.volume import Labels
 
 HEADING = "iteration,seconds,loss,learning_rate,dice\n"
@@ -112,3 +114,22 @@ def test_markdown_names_what_failed() -> None:
 def test_markdown_of_a_clean_evaluation_lists_nothing() -> None:
     text = markdown_summary(evaluation())
     assert [line for line in text.splitlines() if line.startswith("#")] == ["## Scores"]
+
+
+def test_outlines_are_the_pixels_beside_another_object() -> None:
+    ids = np.array([[1, 1, 1, 2], [1, 1, 1, 2], [1, 1, 1, 0], [0, 0, 0, 0]])
+    expected = [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert np.array_equal(outlines(ids), np.array(expected, dtype=bool))
+
+
+def test_contact_sheet_has_a_row_a_panel(tmp_path: Path) -> None:
+    ids = np.zeros((20, 10, 1), dtype=int)
+    ids[2:6, 3:9] = 1
+    grey, colours = np.full((1, 20, 10, 1), 7.0), np.zeros((3, 20, 10, 1), dtype=np.uint8)
+    panels = [Panel("n0: F1 0.00", image, ids, ids * 0) for image in (grey, colours)]
+    heights = []
+    for count in (1, 2):
+        save_contact_sheet(panels[:count], tmp_path / "worst.png")
+        heights.append(size(tmp_path / "worst.png")[1])
+    assert heights == [450, 900]
+    assert [path.name for path in tmp_path.iterdir()] == ["worst.png"]

@@ -1,0 +1,263 @@
+"""Nuclei in microscopy, each by itself (Data Science Bowl 2018, stage 1).
+
+What and where from: 670 training images of the Kaggle competition, kept as BBBC038 in the Broad Bioimage Benchmark
+Collection (https://bbbc.broadinstitute.org/BBBC038, CC0; Caicedo et al., Nature Methods 16, 1247-1253, 2019). As
+downloaded, ``stage1_train/ID/images/ID.png`` is an image and ``stage1_train/ID/masks/*.png`` has one mask a nucleus.
+
+How acquired: by many laboratories, of cells of humans, mice and flies, in culture and in tissue, by fluorescence,
+brightfield and stain, at many magnifications; 256 x 256 to 1272 x 603 pixels of unknown size. Outlines were drawn by
+a team of biologists.
+
+Labels: 1 nucleus, 2 its boundary, made here from the masks: the outermost pixels of each nucleus. The network learns
+these classes; the single nuclei are parted afterwards in its masks. With ``--no-boundary`` there is only class 1, a
+plain U-Net learns it, and nuclei are parted by their shape.
+
+What is hard: nuclei touch, and are 20 to 2000 pixels large; one that is merged with its neighbour counts as an error
+for both. The two kinds of image (nuclei bright on black, or dark on a light tissue) are the opposite of each other,
+and there are four of the first to one of the second.
+
+Trap: images are RGBA with an opaque alpha, most of them grey all the same; fluorescence fills the lowest tenth of the
+scale, so each image is scaled by itself. Masks overlap here and there (the smaller nucleus keeps the pixels), some
+images of the first release have masks that are wrong or lack, and a mask cannot be told from its file name.
+"""
+
+from __future__ import annotations
+
+import csv
+import io as text_io
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+import medseg
+from medseg.cli import NOTICE, Device, Quiet, Seed, TimeBudget, Verbose, _command, _Show, _train_settings
+from medseg.dataset import Dataset, Finding, Findings
+from medseg.errors import GeometryMismatch, InputError, MedsegError
+from medseg.io import read_mask, read_volume, write_mask
+from medseg.metrics import InstanceMeans, InstanceScore, score_instances
+from medseg.postprocess import boundary_classes, join, separate
+from medseg.progress import Progress, silent, track
+from medseg.records import write_json, write_text
+from medseg.report import Panel, save_contact_sheet
+from medseg.train import TrainSettings
+from medseg.volume import Mask
+
+NUCLEUS, BOUNDARY = 1, 2
+BOUNDARY_WIDTH = 1.0
+"""Of the boundary, pixels: the nuclei of a fifth of the images have a radius of five."""
+SHOWN = 8
+"""Images on the contact sheet."""
+OVERRIDES = ("plan.patch_size=[192,192]", "plan.batch_size=5")
+"""Smaller patches than planned, and more of them: a batch of two images is of one kind two times of three."""
+
+
+class Result(NamedTuple):
+    """The nuclei of one held-out image."""
+
+    image: str
+    score: InstanceScore
+    reason: str = ""
+
+
+# ---- the folder as downloaded ----------------------------------------------------------------------------------------
+
+
+def image_folders(folder: Path) -> list[Path]:
+    """The folders of the images by id, in ``folder`` or its ``stage1_train``.
+
+    Raises:
+        InputError: there is none.
+    """
+    inner = folder / "stage1_train"
+    place = inner if inner.is_dir() else folder
+    found = sorted(path.parent for path in place.glob("*/images"))
+    if not found:
+        raise InputError(place, "holds no ID/images", "the folder of the Data Science Bowl 2018, as downloaded")
+    return found
+
+
+def read_nuclei(folder: Path) -> tuple[Path, Mask, list[Finding]]:
+    """The image of one folder, its nuclei as ids, and what was odd about them.
+
+    Raises:
+        InputError: no image or several, no masks, one that cannot be read or is of another size. A nucleus without a
+            mask would be taught as background, so that the image is of no use.
+    """
+    images = sorted((folder / "images").glob("*.png"))
+    if len(images) != 1:
+        raise InputError(folder / "images", f"holds {len(images)} images", "one")
+    volume = read_volume(images[0], channels=3)
+    files = sorted((folder / "masks").glob("*.png"))
+    if not files:
+        raise InputError(folder / "masks", "holds no mask", "one a nucleus")
+    joined = join((_read_nucleus(file, volume.geometry.shape) for file in files), volume.geometry.shape)
+    odd = {
+        "overlap": f"{joined.overlapping} pixels are in several masks" if joined.overlapping else "",
+        "empty": f"{joined.empty} masks are empty" if joined.empty else "",
+        "hidden": f"{joined.hidden} masks lie within others" if joined.hidden else "",
+    }
+    remedy = "nothing: the smaller nucleus keeps what two claim, and masks without a pixel of their own are left out"
+    warnings = [Finding.warning(folder.name, kind, found, remedy) for kind, found in odd.items() if found]
+    return images[0], Mask(joined.ids, volume.geometry), warnings
+
+
+def _read_nucleus(file: Path, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+    mask = read_mask(file)
+    if mask.geometry.shape != shape:
+        raise GeometryMismatch(file, f"has shape {mask.geometry.shape}", f"{shape} as the image")
+    return np.asarray(mask.array != 0)
+
+
+def write_dataset(folder: Path, out: Path, boundary: bool = True, progress: Progress = silent) -> Findings:
+    """Write a dataset of medseg: ``dataset.json``, ``labels`` and ``instances``; images stay where they are.
+
+    Returns:
+        What is wrong with the images; those that are of no use are not in the dataset.
+
+    Raises:
+        InputError: none is of use.
+    """
+    found: list[Finding] = []
+    cases = {}
+    folders = image_folders(folder)
+    for place in track(folders, "reading", progress):
+        case = place.name
+        try:
+            image, nuclei, warnings = read_nuclei(place)
+        except MedsegError as failure:
+            found.append(Finding.fault(case, "unusable", str(failure), failure.remedy or "it is left out"))
+            continue
+        found += warnings
+        classes = boundary_classes(nuclei.array, BOUNDARY_WIDTH) if boundary else np.minimum(nuclei.array, NUCLEUS)
+        write_mask(replace(nuclei, array=classes), out / "labels" / f"{case}.png")
+        write_mask(nuclei, out / "instances" / f"{case}.png")
+        cases[case] = {"images": [str(image.resolve())], "label": f"labels/{case}.png"}
+    findings = Findings(findings=tuple(found), cases_checked=len(folders))
+    findings.save(out / "findings.json")
+    if not cases:
+        raise InputError(folder, f"none of its {len(folders)} images can be used: {found[0].found}")
+    labels = {"background": 0, "nucleus": NUCLEUS, **({"boundary": BOUNDARY} if boundary else {})}
+    channels = {"0": "red", "1": "green", "2": "blue"}
+    body = {"name": "Nuclei", "channel_names": channels, "labels": labels, "dataset": cases}
+    write_json(out / "dataset.json", body)
+    return findings
+
+
+# ---- the single nuclei of the held-out images ------------------------------------------------------------------------
+
+
+def score_image(case: str, out: Path, boundary: bool) -> Result:
+    """Part the nuclei in a predicted mask, write their ids to ``out/instances``, and score them.
+
+    An image without a usable prediction counts as one in which nothing was found.
+    """
+    reference = read_mask(out / "dataset" / "instances" / f"{case}.png")
+    try:
+        mask = read_mask(out / "predictions" / "fold_0" / f"{case}.png")
+    except InputError as failure:
+        return Result(case, score_instances(np.zeros_like(reference.array), reference.array), str(failure))
+    ids = separate(mask.array, NUCLEUS, BOUNDARY if boundary else None)
+    write_mask(replace(mask, array=ids), out / "instances" / f"{case}.png")
+    return Result(case, score_instances(ids, reference.array, case))
+
+
+def save_table(results: Sequence[Result], path: Path) -> None:
+    """Write ``instances.csv``, one row an image."""
+    text = text_io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["image", *InstanceScore.model_fields, "reason"])
+    for result in results:
+        scores = {**result.score.model_dump(), "matches": " ".join(map(str, result.score.matches))}
+        table.writerow([result.image, *scores.values(), result.reason])
+    write_text(path, text.getvalue())
+
+
+def save_worst(results: Sequence[Result], out: Path) -> None:
+    """Draw the images with the lowest scores of those that were segmented into ``worst.png``."""
+    data = Dataset.open(out / "dataset")
+    scored = [(r.score.f1, r.score.average_precision, r) for r in results if r.score.f1 is not None and not r.reason]
+    panels = []
+    for f1, precision, result in sorted(scored, key=lambda row: row[:2])[:SHOWN]:
+        title = f"{result.image[:12]}: F1 {f1:.2f}, AP {precision:.2f}, Dice {result.score.dice:.2f}"
+        image = read_volume(data.case(result.image).images).array
+        reference, ids = (read_mask(root / "instances" / f"{result.image}.png").array for root in (data.root, out))
+        panels.append(Panel(title, image, reference, ids))
+    if panels:
+        save_contact_sheet(panels, out / "worst.png")
+
+
+def run_nuclei(
+    folder: Path,
+    out: Path,
+    *,
+    boundary: bool = True,
+    train: TrainSettings | None = None,
+    overrides: Sequence[str] = OVERRIDES,
+    progress: Progress = silent,
+) -> InstanceMeans:
+    """From the folder as downloaded to scored nuclei of fold 0; called again it goes on.
+
+    Args:
+        folder: as downloaded.
+        out: where everything is written; ``instances.csv``, ``instances.json`` and ``worst.png`` are about nuclei.
+        boundary: learn the boundaries, by the cell segmenter.
+        train: settings of training.
+        overrides: plan settings.
+        progress: told how far each station is.
+
+    Raises:
+        MedsegError: as ``medseg.run``; or no image can be used.
+    """
+    write_dataset(folder, out / "dataset", boundary, progress)
+    network = "cell_segmenter" if boundary else "unet"
+    result = medseg.run(
+        out / "dataset",
+        out,
+        configuration="2d",
+        folds=(0,),
+        train=train,
+        regions={"whole nucleus": (NUCLEUS, BOUNDARY)} if boundary else None,
+        overrides=(f"plan.network.name={network}", *overrides),
+        skip_bad_cases=True,
+        progress=progress,
+    )
+    cases = [case.case for case in result.evaluation.cases]
+    results = [score_image(case, out, boundary) for case in track(cases, "parting nuclei", progress)]
+    save_table(results, out / "instances.csv")
+    save_worst(results, out)
+    means = InstanceMeans.of(result.score for result in results)
+    means.save(out / "instances.json")
+    return means
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help="Train and score the Data Science Bowl 2018: the nuclei of microscopy images, each by itself.")
+@_command
+def command(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder as downloaded.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.")] = Path("medseg-nuclei"),
+    time_budget: TimeBudget = "15m",
+    seed: Seed = 0,
+    device: Device = "auto",
+    no_boundary: Annotated[bool, typer.Option("--no-boundary", help="Part nuclei by their shape alone.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """The command line; see ``run_nuclei``."""
+    settings = _train_settings(time_budget=time_budget, seed=seed, device=device)
+    with _Show(quiet) as show:
+        means = run_nuclei(folder, out, boundary=not no_boundary, train=settings, progress=show)
+    for name, value in means.model_dump().items():
+        typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    typer.echo(f"nuclei: {out / 'instances.csv'}\nworst images: {out / 'worst.png'}\n{NOTICE}")
+
+
+if __name__ == "__main__":
+    app()
