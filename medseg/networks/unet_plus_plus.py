@@ -62,7 +62,7 @@ class UNetPlusPlus(UNet):
             # from the top down, so that the last node below is still that of the column before
             for level, (up, node) in enumerate(zip(ups, nodes, strict=True)):
                 below = rows[level + 1][-1]
-                rows[level].append(self._run(node, torch.cat([*rows[level], up(below)], dim=1)))
+                rows[level].append(self._run(node, torch.cat([up(below), *rows[level]], dim=1)))
         return rows[0][:0:-1]
 
     def pruned(self, depth: int) -> Self:

@@ -206,16 +206,18 @@ def test_specifications_of_monai(name: str, dims: int, norm: Any, act: Any, drop
 
 
 @every_network
-@pytest.mark.parametrize("supervised", [False, True])
-def test_checkpointing_changes_no_number(name: str, dims: int, supervised: bool) -> None:
-    usual = blurred(made(name, dims, deep_supervision=supervised))
-    saving = made(name, dims, deep_supervision=supervised, checkpointing=True)
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_checkpointing_changes_no_number(name: str, dims: int, norm: str) -> None:
+    usual = blurred(made(name, dims, norm=norm, deep_supervision=True))
+    saving = made(name, dims, norm=norm, deep_supervision=True, checkpointing=True)
     assert saving.state_dict().keys() == usual.state_dict().keys()
     saving.load_state_dict(usual.state_dict())
     x = image(dims)
     expected, found = gradients_of(usual, x), gradients_of(saving, x)
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, msg=key)
+    for (key, value), same in zip(usual.named_buffers(), saving.buffers(), strict=True):  # running means
+        torch.testing.assert_close(same, value, msg=key)
 
 
 @every_network

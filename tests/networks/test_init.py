@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from medseg import networks
 from medseg.errors import PlanError
 from medseg.networks import ARCHITECTURES, UNet, build_network
 from medseg.plan import Configuration, NetworkPlan, TrainingPlan
@@ -42,17 +44,32 @@ def test_every_architecture_does_what_its_siblings_do(name: str, patch: tuple[in
 
 
 def test_all_of_the_plan_arrives() -> None:
-    network = build_network(configuration(features=(3, 5), convs_per_stage=3, deep_supervision=False), 1, 2)
+    convs = {"convs_per_stage": (1, 3), "decoder_convs": 4}
+    form = {"norm": "batch", "act": "relu", "dropout": 0.1, "downsampling": "pool", "deep_supervision": False}
+    plan = configuration(features=(3, 5), **convs, **form)
+    network = build_network(plan, 1, 2, checkpointing=True)
     assert isinstance(network, UNet)
     assert not network.deep_supervision
-    assert [len(stage) for stage in network.encoder] == [3, 3]  # type: ignore[arg-type]
+    assert network.checkpointing
+    assert [len(stage) for stage in network.encoder] == [1, 1 + 3]  # type: ignore[arg-type]
+    assert len(network.decoder[0]) == 4  # type: ignore[arg-type]
     assert network.heads[0].weight.shape == (2, 3, 1, 1)
+    kinds = {type(module) for module in network.modules()}
+    assert {nn.MaxPool2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout2d} <= kinds or nn.Dropout in kinds
+    assert not {nn.InstanceNorm2d, nn.LeakyReLU} & kinds
+
+
+def test_every_architecture_is_a_name_of_the_package() -> None:
+    for network in ARCHITECTURES.values():
+        assert getattr(networks, network.__name__) is network
+        assert network.__name__ in networks.__all__
 
 
 @pytest.mark.parametrize(
     ("setup", "words"),
     [
         (configuration(name="unknown"), "no architecture 'unknown' .expected unet"),
+        (configuration(name="cell_segmenter"), "3 out_channels at least"),
         (configuration((2, 2)), "one voxel in the lowest stage"),
         (configuration(strides=((2, 2), (2, 2))), "first stride must be 1"),
         (configuration(kernel_sizes=((2, 2), (3, 3))), "kernels odd"),

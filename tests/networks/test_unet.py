@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -65,12 +66,81 @@ def test_the_number_of_parameters_by_hand() -> None:
 
 def test_three_convolutions_a_stage_add_two_a_resolution() -> None:
     # one more of 2 -> 2 in encoder and decoder (38 + 4 each), and one more of 4 -> 4 in the lowest stage (148 + 8)
-    assert sum(p.numel() for p in unet(features=(2, 4), convs_per_stage=3).parameters()) == 466 + 2 * 42 + 156
+    more = unet(features=(2, 4), convs_per_stage=3, decoder_convs=3)
+    assert sum(p.numel() for p in more.parameters()) == 466 + 2 * 42 + 156
+    lower = unet(features=(2, 4), convs_per_stage=(2, 3))
+    assert sum(p.numel() for p in lower.parameters()) == 466 + 156
+
+
+def test_the_original_by_hand() -> None:
+    # batch norm has a scale and a shift; 1 channel, 2 classes, 64 to 512 features and 1024 at the bottom
+    def stage(inputs: int, outputs: int) -> int:
+        return inputs * outputs * 9 + outputs * outputs * 9 + 2 * (outputs + 2 * outputs)
+
+    down = 37_824 + 221_952 + 886_272 + 3_542_016 + 14_161_920
+    assert [stage(1, 64), stage(64, 128), stage(128, 256), stage(256, 512)] == [37_824, 221_952, 886_272, 3_542_016]
+    assert stage(512, 1024) == 14_161_920
+    up = 1024 * 512 * 4 + 512 + 512 * 256 * 4 + 256 + 256 * 128 * 4 + 128 + 128 * 64 * 4 + 64
+    merge = 7_080_960 + 1_771_008 + 443_136 + 110_976
+    assert [stage(1024, 512), stage(512, 256), stage(256, 128), stage(128, 64)] == [
+        7_080_960,
+        1_771_008,
+        443_136,
+        110_976,
+    ]
+    assert down + up + merge + 64 * 2 + 2 == 31_042_434
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNet.classic(2, 1, 2).parameters()) == 31_042_434
+
+
+@pytest.mark.parametrize(
+    ("preset", "dims", "expected"),
+    [
+        ("original", 2, 31_042_434),
+        ("original", 3, 90_304_514),
+        ("small", 2, 7_765_442),
+        ("small", 3, 22_581_250),
+        ("large", 2, 124_385_154),
+        ("large", 3, 361_905_154),
+    ],
+)
+def test_the_presets_by_hand(preset: str, dims: int, expected: int) -> None:
+    widths = {
+        "original": (64, 128, 256, 512, 1024),
+        "small": (32, 64, 128, 256, 512),
+        "large": (64, 128, 256, 512, 1024, 2048),
+    }[preset]
+
+    def stage(inputs: int, outputs: int) -> int:
+        return (inputs + outputs) * outputs * 3**dims + 6 * outputs
+
+    total = sum(stage(*pair) for pair in zip((1, *widths), widths, strict=False))
+    for high, low in itertools.pairwise(widths):
+        total += low * high * 2**dims + high + stage(2 * high, high)
+    assert total + widths[0] * 2 + 2 == expected
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNet.classic(dims, 1, 2, preset).parameters()) == expected  # type: ignore[arg-type]
+
+
+def test_the_form_of_the_literature() -> None:
+    network = UNet.classic(3, 1, 2)
+    kinds = [type(module) for module in network.modules()]
+    assert (kinds.count(nn.MaxPool3d), kinds.count(nn.BatchNorm3d), kinds.count(nn.ReLU)) == (4, 18, 18)
+    assert {m.stride for m in network.modules() if isinstance(m, nn.Conv3d)} == {(1, 1, 1)}
+    assert UNet.classic(2, 1, 2).encoder[0][0].conv.out_channels == 64  # type: ignore[index,union-attr]
+    assert network.encoder[0][0].conv.out_channels == 32  # type: ignore[index,union-attr]
+    assert {type(m) for m in UNet.classic(2, 1, 2, norm="instance").modules()} & {nn.InstanceNorm2d}
+    with pytest.raises(ValueError, match="no preset 'huge'; there are original, small, large"):
+        UNet.classic(2, 1, 2, "huge")  # type: ignore[arg-type]
 
 
 def test_weights_fit_with_and_without_deep_supervision() -> None:
     trained, shipped = unet(deep_supervision=True), unet(deep_supervision=False)
-    shipped.load_state_dict(trained.state_dict())
+    assert [name for name in trained.state_dict() if name not in shipped.state_dict()] == [
+        "heads.1.weight",
+        "heads.1.bias",
+    ]
+    shipped.load_state_dict({name: trained.state_dict()[name] for name in shipped.state_dict()})
     x = torch.randn(1, 1, 8, 8)
     assert torch.equal(logits_of(trained, x), logits_of(shipped, x))
 
@@ -96,15 +166,6 @@ def test_the_zeros_around_an_odd_size_are_after_its_end() -> None:
     torch.testing.assert_close(logits_of(network, x), logits_of(network, whole)[..., :7, :6])
 
 
-def test_specifications_of_monai() -> None:
-    network = unet(norm="batch", act="relu", dropout=0.5)
-    kinds = {type(module) for module in network.modules()}
-    assert {nn.BatchNorm2d, nn.ReLU, nn.Dropout2d} <= kinds or {nn.BatchNorm2d, nn.ReLU, nn.Dropout} <= kinds
-    assert not {nn.InstanceNorm2d, nn.LeakyReLU} & kinds
-    grouped = unet(features=(4, 4, 4), norm=("group", {"num_groups": 2}), act=("prelu", {"init": 0.1}))
-    assert logits_of(grouped, torch.randn(1, 1, 8, 8)).shape == (1, 2, 8, 8)
-
-
 def test_the_default_is_instance_norm_and_leaky_relu() -> None:
     network = unet()
     assert sum(isinstance(m, nn.InstanceNorm2d) and m.affine for m in network.modules()) == 10
@@ -122,14 +183,6 @@ def test_an_image_that_shrinks_to_one_voxel_is_padded_once_more(dims: int) -> No
     padded = torch.zeros(1, 1, *[4] * (dims - 1), 8)
     padded[..., :4] = x = torch.randn(1, 1, *[4] * dims)
     torch.testing.assert_close(logits_of(network, x), logits_of(network, padded)[..., :4])
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_export_gives_the_same_logits(dims: int) -> None:
-    network = unet(dims).eval()
-    x = torch.randn(1, 1, *[9] * dims)
-    exported = torch.export.export(network, (x,))
-    torch.testing.assert_close(exported.module()(x), logits_of(network, x))
 
 
 def test_arguments_can_be_kept_as_json() -> None:
