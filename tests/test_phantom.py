@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 
+from medseg.check import check
+from medseg.dataset import Dataset
 from medseg.io import read_mask, read_volume
-from medseg.phantom import DEMO_LABELS, ORIENTATIONS, make_case, make_dataset
+from medseg.phantom import (
+    DEMO_LABELS,
+    LAND_COVER,
+    ORIENTATIONS,
+    make_case,
+    make_dataset,
+    make_scene,
+    write_scenes,
+)
 from medseg.records import digest_file, read_json
 
 
@@ -112,3 +124,83 @@ def test_the_last_label_is_a_lesion_inside_the_first_organ() -> None:
     organ = np.argwhere(mask.array == 1)
     assert (lesion.min(axis=0) >= organ.min(axis=0)).all()
     assert (lesion.max(axis=0) <= organ.max(axis=0)).all()
+
+
+# Land
+
+
+@pytest.fixture(scope="module")
+def land(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("land"), tiles=5, tile_shape=(96, 80), scene_shape=(300, 200))
+
+
+def test_the_tiles_are_a_sound_dataset_of_six_bands_with_one_scale(land: Path) -> None:
+    dataset = Dataset.open(land)
+    assert dataset.channels == ("reflectance",) * 6
+    assert dict(dataset.labels.values) == dict(LAND_COVER)
+    assert [case.id for case in dataset.cases] == [f"land_00{n}" for n in range(1, 6)]
+    assert check(dataset).unusable_cases == ()
+    image, mask = make_scene(2, shape=(96, 80))
+    case = dataset.case("land_002")
+    assert case.label is not None
+    written, labels = read_volume(case.images[0]), read_mask(case.label)
+    assert written.warnings == labels.warnings == ()
+    np.testing.assert_array_equal(written.array, image.array)
+    np.testing.assert_array_equal(labels.array, mask.array)
+    assert written.geometry == labels.geometry == image.geometry == mask.geometry
+
+
+def test_tiles_and_scene_lie_on_one_map_without_touching(land: Path) -> None:
+    spans = []
+    for path in (land / "scene.tif", *sorted((land / "imagesTr").iterdir())):
+        with rasterio.open(path) as image:
+            assert image.crs.to_epsg() == 32632
+            assert image.res == (10, 10)
+            assert (image.count, image.dtypes[0], image.nodata) == (6, "uint16", 0)
+            spans.append((image.bounds.left, image.bounds.right))
+    assert spans[0] == (500_000, 503_000)
+    assert spans[1][0] > spans[0][1]
+    assert [a for (_, end), (a, _) in itertools.pairwise(spans) if a < end] == []
+    with rasterio.open(land / "scene.tif") as image, rasterio.open(land / "reference.tif") as mask:
+        assert mask.transform == image.transform
+        assert (mask.width, mask.height, mask.nodata) == (300, 200, None)
+        np.testing.assert_array_equal(mask.read(1), make_scene(0, shape=(300, 200))[1].array[..., 0].T)
+
+
+def test_clouds_hide_every_band_and_the_mask() -> None:
+    image, mask = make_scene(0, shape=(400, 300))
+    cloud = (image.array == 0).any(axis=0)
+    assert 0.005 < cloud.mean() < 0.2
+    assert (image.array[:, cloud] == 0).all()
+    assert (mask.array[cloud] == 0).all()
+
+
+def test_land_is_the_same_for_a_seed_and_another_for_another(tmp_path: Path) -> None:
+    small = {"tiles": 1, "tile_shape": (40, 30), "scene_shape": (50, 40)}
+    folders = [write_scenes(tmp_path / n, seed=s, **small) for n, s in (("a", 1), ("b", 1), ("c", 2))]  # type: ignore[arg-type]
+    for name in ("dataset.json", "imagesTr/land_001.tif", "labelsTr/land_001.tif", "scene.tif", "reference.tif"):
+        same = [digest_file(folder / name) for folder in folders]
+        assert same[0] == same[1]
+        assert (same[0] == same[2]) == (name == "dataset.json")
+
+
+def test_a_pixel_alone_does_not_tell_its_cover() -> None:
+    """The best that the spectrum of a pixel can say if each cover is a Gaussian, fitted to the answer itself."""
+    image, mask = make_scene(0, shape=(600, 500))
+    pixels, truth = image.array.reshape(6, -1).T, mask.array.ravel()
+    seen = pixels.any(axis=1)
+    logs, truth = np.log(pixels[seen]), truth[seen]
+    scores = []
+    for value in range(5):
+        of_cover = logs[truth == value]
+        off = logs - of_cover.mean(axis=0)
+        spread = np.cov(of_cover.T)
+        distance = np.einsum("ni,ij,nj->n", off, np.linalg.inv(spread), off)
+        scores.append(np.log(len(of_cover)) - (distance + np.linalg.slogdet(spread)[1]) / 2)
+    best = np.argmax(scores, axis=0)
+    dice = {
+        name: 2 * ((best == value) & (truth == value)).sum() / ((best == value).sum() + (truth == value).sum())
+        for name, value in LAND_COVER.items()
+    }
+    assert all(dice[name] < 0.85 for name in ("forest", "field", "built-up"))
+    assert all(0.5 < value < 0.999 for value in dice.values())

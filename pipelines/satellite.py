@@ -1,0 +1,115 @@
+"""Land cover in scenes of many bands, larger than memory (made up).
+
+What and where from: scenes that `medseg.phantom` makes up, as no real ones with labels come with a licence that lets
+them be handed on here. 20 tiles of 256 x 256 pixels to train on and one large scene, all GeoTIFF. A folder of your own
+is taken as well: dataset.json with tiles whose channels are called "reflectance", scene.tif, and reference.tif where
+there is one to score with.
+
+How acquired: six bands of reflectance times 10,000 as an optical satellite gives them (three visible, one near and two
+short-wave infrared), 10 m a pixel in UTM zone 32 north, with haze, noise and uneven light.
+
+Labels: 1 water, 2 forest, 3 field, 4 built-up; 0 is open land, and what clouds hide.
+
+What is hard: covers share materials. Gardens in towns have the spectrum of crops, bare fields that of open land; only
+texture and shape tell, at scales from a house to a parcel, for which the network joins all levels of its decoder.
+
+Trap: a scene cut into windows must not be scaled window by window. Its channels are therefore named after a unit that
+means the same everywhere, which asks for one scale for the whole dataset.
+
+Research software.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import medseg
+from medseg.cli import NOTICE, Device, Quiet, Seed, TimeBudget, Verbose, _command, _Show, _train_settings
+from medseg.dataset import Dataset
+from medseg.errors import InputError
+from medseg.package import load_package
+from medseg.phantom import write_scenes
+from medseg.progress import Progress, silent
+from medseg.recipe import Recipe
+from medseg.scenes import load_rasterio, predict_scene, scene_dice
+from medseg.train import TrainSettings
+
+RECIPE = Recipe(
+    task="Land",
+    configuration="2d",
+    tolerance_mm=1.0,  # a pixel
+    # seen from above no direction is special
+    overrides=("plan.network.name=satellite_segmenter", "plan.mirror_axes=[0,1]"),
+)
+SCENE, REFERENCE, MASK = "scene.tif", "reference.tif", "scene_mask.tif"
+
+
+def run_satellite(
+    folder: Path, out: Path, *, train: TrainSettings, overrides: tuple[str, ...] = (), progress: Progress = silent
+) -> dict[str, float | None]:
+    """Train on the tiles of a folder and segment its scene, window by window, into ``out``.
+
+    Args:
+        folder: ``dataset.json`` and what it lists, ``scene.tif``, and ``reference.tif`` where there is one.
+        out: where everything is written.
+        train: settings of training.
+        overrides: plan settings.
+        progress: told how far each station is.
+
+    Returns:
+        Dice of the scene by class, None for a class that is not there; empty without a reference.
+
+    Raises:
+        MedsegError: as ``medseg.run`` and ``predict_scene``; or there is no scene.
+    """
+    load_rasterio()  # missed now rather than after training
+    scene, reference = folder / SCENE, folder / REFERENCE
+    if not scene.is_file():
+        raise InputError(scene, "does not exist", "a scene beside dataset.json")
+    result = medseg.run(
+        folder,
+        out,
+        configuration=RECIPE.configuration,
+        train=train,
+        tolerance_mm=RECIPE.tolerance_mm,
+        overrides=(*RECIPE.overrides, *overrides),
+        progress=progress,
+    )
+    predict_scene(load_package(result.package), scene, out / MASK, device=train.device, progress=progress)
+    return scene_dice(out / MASK, reference, Dataset.open(folder).labels) if reference.is_file() else {}
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help="Train on tiles of land and segment a scene that is larger than memory.")
+@_command
+def command(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="Tiles and scene.", show_default="made up")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.")] = Path(
+        "medseg-satellite"
+    ),
+    time_budget: TimeBudget = "10m",
+    seed: Seed = 0,
+    device: Device = "auto",
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """The command line; see ``run_satellite``."""
+    settings = _train_settings(time_budget=time_budget, seed=seed, device=device)
+    folder = folder or write_scenes(out / "dataset")
+    with _Show(quiet) as show:
+        dice = run_satellite(folder, out, train=settings, progress=show)
+    for name, value in dice.items():
+        typer.echo(f"Dice of {name} in the scene: {'none there' if value is None else f'{value:.4f}'}")
+    typer.echo(f"scene: {folder / SCENE}\nmask of the scene: {out / MASK}")
+    typer.echo(f"model package: {out / 'package'}\nheld-out tiles: {out / 'summary.md'}\n{NOTICE}")
+
+
+if __name__ == "__main__":
+    app()
