@@ -202,9 +202,11 @@ def test_mirrored_axes_follow_the_agreement() -> None:
 
 def test_normalisation_by_channel_name() -> None:
     cases = [case((1, 1, 1), (36, 50, 35), n, relative=0.5) for n in range(4)]
-    names = ["ct", "noNorm", "rescale_to_0_1", "rgb_to_0_1", "T1"]
-    made = make_plan(fingerprint(cases, channels=5), "T", names, labels(1)).normalisation
-    assert [n.scheme for n in made] == ["ct", "none", "minmax", "rgb", "zscore"]
+    names = ["ct", "noNorm", "rescale_to_0_1", "rgb_to_0_1", "T1", "Reflectance"]
+    plan = make_plan(fingerprint(cases, channels=6), "T", names, labels(1))
+    made = plan.normalisation
+    assert [n.scheme for n in made] == ["ct", "none", "minmax", "rgb", "zscore", "ct"]
+    assert "'Reflectance' has a unit that means the same in every image" in plan.reasons["normalisation.5"]
     assert (made[0].lower, made[0].upper, made[0].mean, made[0].std) == (-20, 200, 90, 40)
     assert made[4].nonzero_only  # half of the image is 0 all round; from 0.75 on it would not be
     with pytest.raises(PlanError, match="1 names"):
@@ -354,6 +356,7 @@ def test_any_architecture_can_be_chosen(hippocampus: Plan) -> None:
     after = made.configurations["2d"]
     assert after.network == before.network.model_copy(update={"name": "attention_unet"})
     assert before.estimated_memory_mb < after.estimated_memory_mb < 1.3 * before.estimated_memory_mb
+    assert "configurations.2d.network.convs_per_stage" not in made.reasons  # as before
     assert made.reasons["configurations.2d.network.name"].startswith(
         "Set by hand to attention_unet. By rule: nnU-Net's"
     )
