@@ -166,8 +166,12 @@ def make_plan(
     data = _look(fingerprint, labels)
     reasons = {
         "orientation": "All cases are turned to RAS, so that an axis means the same in each of them.",
-        "axes": f"The {AXIS_NAMES[data.axes[0]]} axis comes first: with {data.target[0]:.4g} mm it has the largest "
-        f"target spacing (in plan order {_mm(data.target)} mm).",
+        "axes": f"The {AXIS_NAMES[data.axes[0]]} axis comes first: "
+        + (
+            "the cases have one slice along it."
+            if data.median[0] == 1
+            else f"with {data.target[0]:.4g} mm it has the largest target spacing (in plan order {_mm(data.target)} mm)."
+        ),
         "resampling": "Images by cubic splines, labels and logits linearly; where the largest spacing is more than "
         f"{Resampling().anisotropy:g} times the smallest, the nearest slice along that axis.",
     }
@@ -855,11 +859,14 @@ def _fit(plan: Plan, name: str, fields: Mapping[str, str], messages: list[str]) 
 def _fit_convs(old: NetworkPlan, stages: int, fields: dict[str, str]) -> None:
     """Set the convolutions that an architecture usually has, where it is a new one or the number of stages changes."""
     name = fields.get("network.name", old.name).strip('"')
-    usual: tuple[int | Sizes, int] = (RESENC_BLOCKS[:stages], 1) if name == "residual_unet" else (2, 2)
-    if name != old.name:
-        fields.setdefault("network.decoder_convs", _json(usual[1]))
-    if name != old.name or (isinstance(old.convs_per_stage, tuple) and len(old.convs_per_stage) != stages):
-        fields.setdefault("network.convs_per_stage", _json(usual[0]))
+    convs: int | Sizes = RESENC_BLOCKS[:stages] if name == "residual_unet" else 2
+    decoder_convs = 1 if name == "residual_unet" else 2
+    another = name != old.name
+    if another and decoder_convs != old.decoder_convs:
+        fields.setdefault("network.decoder_convs", _json(decoder_convs))
+    misfit = isinstance(old.convs_per_stage, tuple) and len(old.convs_per_stage) != stages
+    if (another and convs != old.convs_per_stage) or misfit:
+        fields.setdefault("network.convs_per_stage", _json(convs))
 
 
 def _refuse_impossible(

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import torch
+from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -168,6 +169,8 @@ class UNet(nn.Module):
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of every encoder stage, highest resolution first, of the input padded to a multiple of strides."""
+        if isinstance(x, MetaTensor):  # MONAI's, that every layer would hand on: slower, and nothing needs it inside
+            x = x.as_tensor()
         x = arranged(padded(x, self.divisor))
         skips = []
         for stage in self.encoder:

@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from monai.bundle import verify_net_in_out
+from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from torch import Tensor, nn
@@ -154,6 +155,16 @@ def test_deep_supervision_loss_of_monai(name: str, dims: int) -> None:
     assert loss.item() > single(levels[0], labels).item() * 0.99  # the first level has the weight 1
     ours = build_loss("dice_ce", batch=False, ignore_index=None, levels=2)(levels, labels)
     assert ours.isfinite()
+
+
+@every_network
+def test_a_tensor_of_monai_is_as_good_as_any(name: str, dims: int) -> None:
+    network = blurred(made(name, dims))
+    x = image(dims)
+    expected, found = gradients_of(network, x), gradients_of(network, MetaTensor(x))
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, msg=key)
+    assert torch.equal(logits_of(network, MetaTensor(x)), logits_of(network, x))
 
 
 @every_network

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +80,13 @@ def test_every_architecture_is_a_name_of_the_package() -> None:
 def test_an_impossible_plan_is_refused(setup: Configuration, words: str) -> None:
     with pytest.raises(PlanError, match=words):
         build_network(setup, 1, 2)
+
+
+def test_the_table_of_the_documents_is_true() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "networks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| .* \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    assert [(name, kind) for name, kind, *_ in rows] == [(n, a.__name__) for n, a in ARCHITECTURES.items()]
+    for name, _, *counts in rows:
+        with torch.device("meta"):
+            made = [ARCHITECTURES[name](dims, 1, 3, (32, 64, 128, 256, 320)) for dims in (2, 3)]
+        assert [f"{sum(p.numel() for p in network.parameters()):,}" for network in made] == counts
