@@ -492,8 +492,8 @@ def predict(
     """Segment images with a model package.
 
     Each mask CASE.nii.gz (of a picture CASE.png or .tif) lies on its image's own grid. Several channels are one 4-D
-    file, or files CASE_0000, CASE_0001. Masks that are there, made from the same image and model, are kept. Exit code 3 when cases failed; the
-    reasons are in cases.csv.
+    file, or files CASE_0000, CASE_0001. Masks that are there, made from the same image and model, are kept. Exit code
+    3 when cases failed; the reasons are in cases.csv.
     """
     from medseg.io import suffix_of
     from medseg.pipeline import writing_to

@@ -28,6 +28,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware: then training in it is nearly twice as fast as in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch 2.8 cannot tell
+        return False
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks rather than give them back to the system at every step.
 

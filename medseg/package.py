@@ -38,6 +38,7 @@ class FoldRecord(Record):
     Attributes:
         weights: name of the file in the package.
         seed: of its training.
+        precision: that the network was trained in: 32, bf16 or 16 bits.
         iterations: steps of training.
         seconds: time in training, all runs together.
         train_cases, validation_cases: how many.
@@ -46,6 +47,7 @@ class FoldRecord(Record):
 
     weights: str
     seed: int
+    precision: str = "32"
     iterations: int
     seconds: float
     train_cases: int

@@ -178,6 +178,8 @@ class Configuration(Record):
             raise ValueError(f"patch_size {self.patch_size} is no multiple of {self.network.divisor}")
         if any(axis not in range(dims) for axis in self.mirror_axes):
             raise ValueError(f"mirror_axes {self.mirror_axes} must lie in 0..{dims - 1}")
+        if self.network.name == "cell_segmenter" and self.training.loss == "bce_dice":
+            raise ValueError("cell_segmenter gives probabilities of one softmax; bce_dice is no loss for it")
         return self
 
 

@@ -170,7 +170,7 @@ def make_plan(
         + (
             "the cases have one slice along it."
             if data.median[0] == 1
-            else f"with {data.target[0]:.4g} mm it has the largest target spacing (in plan order {_mm(data.target)} mm)."
+            else f"its target spacing is the largest, {data.target[0]:.4g} mm (in plan order {_mm(data.target)} mm)."
         ),
         "resampling": "Images by cubic splines, labels and logits linearly; where the largest spacing is more than "
         f"{Resampling().anisotropy:g} times the smallest, the nearest slice along that axis.",

@@ -317,9 +317,13 @@ def _listed_cases(listing: Path) -> list[Case]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """The images of a folder by name; of a pair of header and image the header."""
+    """The images of a folder by name; of a pair of header and image the header; beside volumes no pictures."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    return [path for path in files if io.suffix_of(path) and not _is_second_half(path)]
+    images = [path for path in files if io.suffix_of(path) and not _is_second_half(path)]
+    volumes = [path for path in images if not io.is_picture(path)]
+    if volumes and len(volumes) < len(images):  # previews, as many programs make them
+        log.warning("%s: %d pictures beside volumes are passed over", folder, len(images) - len(volumes))
+    return volumes or images
 
 
 def _is_second_half(path: Path) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import io as text_io
 import itertools
+import logging
 import math
 import os
 import re
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from medseg import io
 from medseg.checkpoint import State, on_host, resume, save_checkpoint
 from medseg.dataset import Case
-from medseg.engines import choose_device, keep_freed_memory
+from medseg.engines import choose_device, computes_bfloat16, keep_freed_memory
 from medseg.errors import InputError, TrainingError
 from medseg.losses import build_loss, build_target
 from medseg.metrics import class_dice
@@ -69,7 +70,8 @@ class TrainSettings(Record):
 
     Attributes:
         device: ``auto`` takes a GPU where there is one; a device that is named and missing is an error.
-        precision: ``auto`` is float32 on a CPU, and on a GPU bfloat16 where it has that, else float16.
+        precision: ``auto`` is bfloat16 where the device multiplies it in hardware, else float16 on a GPU and float32
+            on a CPU. Weights, norms' statistics and the loss stay in float32.
         seed: of weights, batches and augmentation.
         deterministic: only deterministic kernels, also on a GPU.
         iterations: length in steps.
@@ -200,7 +202,7 @@ def train_fold(job: Job, progress: Progress = silent) -> FoldRecord:
             network = job.network()
             state = State(network, build_optimiser(network, job.setup.training))
             _loop(state, job, fabric, progress)
-        record = _finish(state, job)
+        record = _finish(state, job, _precision(fabric.device, job.settings))
     (job.folder / CHECKPOINT).unlink(missing_ok=True)
     return record
 
@@ -390,11 +392,12 @@ class FinishedFold(Record):
     record: FoldRecord
 
 
-def _finish(state: State, job: Job) -> FoldRecord:
+def _finish(state: State, job: Job, precision: str) -> FoldRecord:
     write_bytes(job.folder / WEIGHTS, safetensors.torch.save(on_host(state.best or _shipped(state))))
     record = FoldRecord(
         weights=WEIGHTS,
         seed=job.settings.seed,
+        precision=precision,
         iterations=state.iteration,
         seconds=round(state.seconds, 1),
         train_cases=len(job.cases),
@@ -420,14 +423,18 @@ def _finished(job: Job) -> FoldRecord | None:
 
 def _fabric(settings: TrainSettings) -> Fabric:
     device = choose_device(settings.device)
-    precision = settings.precision
-    if precision == "auto":
-        precision = "32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "16"
     names: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
     devices = [device.index or 0] if device.type == "cuda" else 1
     if device.type == "cpu":
         keep_freed_memory()
-    return Fabric(accelerator=device.type, devices=devices, precision=names[precision])
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it prints which precision it was told
+    return Fabric(accelerator=device.type, devices=devices, precision=names[_precision(device, settings)])
+
+
+def _precision(device: torch.device, settings: TrainSettings) -> str:
+    if settings.precision != "auto":
+        return settings.precision
+    return "bf16" if computes_bfloat16(device) else "16" if device.type == "cuda" else "32"
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medseg.engines import choose_device, keep_freed_memory
+from medseg.engines import choose_device, computes_bfloat16, keep_freed_memory
 from medseg.errors import InputError
 
 
@@ -44,3 +44,17 @@ def test_memory_is_kept_where_that_can_be_asked_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     monkeypatch.setattr("ctypes.CDLL", None)  # not asked of any other C library
     keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_f": True, "avx512_bf16": False}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)],
+)
+def test_bfloat16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert computes_bfloat16(torch.device("cpu")) == expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.8
+    assert not computes_bfloat16(torch.device("cpu"))
+    assert not computes_bfloat16(torch.device("mps"))

@@ -33,7 +33,7 @@ from medseg.plan import Plan
 from medseg.records import TEMPORARY_PREFIX
 from medseg.train import TrainSettings
 
-SETTINGS = TrainSettings(iterations=4, device="cpu")
+SETTINGS = TrainSettings(iterations=40, device="cpu", precision="32")  # as of tiny_run
 BAD = "phantom_002"
 TRAINED = {"loop": 1, "save_curve": 1}
 
@@ -119,7 +119,7 @@ def test_everything_is_there(tiny_run: RunResult) -> None:
     record = json.loads((out / "run.json").read_text())
     assert record["cases"] == 6
     assert record["skipped_cases"] == []
-    assert record["folds"]["0"]["iterations"] == 4
+    assert record["folds"]["0"]["iterations"] == 40
     assert record["mean"]["dice"] == tiny_run.evaluation.mean.dice
     assert "not a medical device" in (out / "summary.md").read_text()
     assert "plan: configurations.3d_fullres.patch_size: Set by hand" in (out / "log.txt").read_text()

@@ -147,15 +147,20 @@ def test_of_a_pair_of_header_and_image_the_header_is_taken(tmp_path: Path) -> No
     assert names(find_cases(tmp_path)) == {"a": ["a.hdr"], "b": ["b.hdr.gz"]}
 
 
+def test_pictures_beside_volumes_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert names(find_cases(touch(tmp_path, "a.nii.gz", "a.png", "overview.tif"))) == {"a": ["a.nii.gz"]}
+    assert "2 pictures beside volumes are passed over" in caplog.text
+
+
 def test_two_images_of_one_name_are_refused_and_the_others_done(
     predictor: Predictor, images: Path, tmp_path: Path
 ) -> None:
     (images / "a.nii").write_bytes(gzip.decompress((images / "a.nii.gz").read_bytes()))
-    touch(images, "c.png", "c.tif")
     results = predict_cases(predictor, find_cases(images), tmp_path / "out")
-    assert statuses(results) == {"a": "failed", "b": "done", "c": "failed"}
+    assert statuses(results) == {"a": "failed", "b": "done"}
     assert "a.nii and a.nii.gz" in results[0].reason
-    assert "c.png and c.tif" in results[2].reason
+    (result,) = predict_cases(predictor, find_cases(touch(tmp_path / "pictures", "c.png", "c.tif")), tmp_path / "out")
+    assert "c.png and c.tif" in result.reason
     touch(tmp_path / "channels", "p_0000.nii", "p_0000.nii.gz", "p_0001.nii")
     (case,) = find_cases(tmp_path / "channels")
     assert statuses(predict_cases(predictor, [case], tmp_path / "out")) == {"p": "failed"}

@@ -274,7 +274,7 @@ def test_two_batches_of_a_step_are_one_of_twice_the_size(
 ) -> None:
     """With Dice of each sample; batches 0 and 1 make the first step, 2 and 3 the second."""
     job = planned(tiny_job, optimiser="sgd", batch_dice="false", average=0, gradient_clip=1e9, learning_rate=0.1)
-    trained(chosen(job, iterations=2, accumulate=2), tmp_path / "two")
+    trained(chosen(job, iterations=2, accumulate=2, precision="32"), tmp_path / "two")
 
     def joined(*arguments: Any) -> Iterator[Batch]:
         drawn = patches.batches(*arguments)
@@ -283,7 +283,7 @@ def test_two_batches_of_a_step_are_one_of_twice_the_size(
             yield Batch(*(torch.cat([a, b]) for a, b in ((first.images, second.images), (first.labels, second.labels))))
 
     monkeypatch.setattr(train, "batches", joined)
-    trained(chosen(job, iterations=2), tmp_path / "one")
+    trained(chosen(job, iterations=2, precision="32"), tmp_path / "one")
     before = {name: tensor.clone() for name, tensor in started(job).items()}
     two, one = (safetensors.torch.load_file(tmp_path / name / WEIGHTS) for name in ("two", "one"))
     for name, tensor in one.items():

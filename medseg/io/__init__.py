@@ -147,6 +147,8 @@ def integral(array: NDArray[Any], where: object) -> NDArray[Any]:
     """
     if array.dtype.kind in "iu":
         return array
+    if array.dtype == bool:
+        return array.astype(np.uint8)
     rounded = np.rint(array)
     with np.errstate(invalid="ignore"):  # infinity minus infinity: NaN, which is wrong too
         wrong = ~(np.abs(array - rounded) <= 1e-6)

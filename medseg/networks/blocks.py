@@ -218,19 +218,19 @@ def arranged(x: Tensor) -> Tensor:
     """
     if not _on_eager_cpu(x):
         return x
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    # Not x.contiguous(memory_format=...): it leaves an image of one channel as it is, and so all layers after it.
+    form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return torch.empty_like(x, memory_format=form).copy_(x)
 
 
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(x)``, where instance norm on a processor takes a faster way to the same numbers."""
-    if isinstance(norm, nn.InstanceNorm2d | nn.InstanceNorm3d) and norm.affine and not norm.track_running_stats:
-        if _on_eager_cpu(x) and torch.is_grad_enabled():
-            result: Tensor = _InstanceNorm.apply(x, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
-            return result
-        if _on_eager_cpu(x):  # a group of one channel is an instance
-            return F.group_norm(x, x.shape[1], norm.weight, norm.bias, norm.eps)
-    unchanged: Tensor = norm(x)
-    return unchanged
+    instance = isinstance(norm, nn.InstanceNorm2d | nn.InstanceNorm3d)
+    if instance and norm.affine and not norm.track_running_stats and _on_eager_cpu(x):
+        quick: Tensor = _InstanceNorm.apply(x, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
+        return quick
+    usual: Tensor = norm(x)
+    return usual
 
 
 def _on_eager_cpu(x: Tensor) -> bool:
@@ -240,7 +240,8 @@ def _on_eager_cpu(x: Tensor) -> bool:
 class _InstanceNorm(torch.autograd.Function):
     """Instance norm as one batch norm a sample, whose kernels are fast in channels-last format, forward and backward.
 
-    torch's own instance norm copies channels-last tensors to and fro, and its group norm is slow backward there.
+    torch's own instance norm copies channels-last tensors to and fro; its group norm is slow backward there, and loses
+    the deviation where the mean is far above it.
     """
 
     @staticmethod

@@ -126,3 +126,7 @@ def test_integral_refuses(values: list[float], words: str) -> None:
 
 def test_describe_grid() -> None:
     assert describe_grid(Mask(np.zeros((2, 3, 4), np.uint8), GRID)) == "2x3x4 at 1x1x2.5 mm LAS"
+
+
+def test_booleans_are_integers() -> None:
+    assert integral(np.array([True, False]), "mask").tolist() == [1, 0]

@@ -103,7 +103,7 @@ def test_torch_export(name: str, dims: int) -> None:
     network = made(name, dims).eval()
     x = image(dims)
     exported = torch.export.export(network, (x,))
-    torch.testing.assert_close(exported.module()(x), logits_of(network, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(exported.module()(x), logits_of(network, x), rtol=1e-4, atol=1e-4)
 
 
 @every_network
@@ -114,7 +114,7 @@ def test_torchscript(name: str, dims: int) -> None:
     x = image(dims)
     with torch.no_grad():
         traced = torch.jit.trace(network, x)
-        torch.testing.assert_close(traced(x), logits_of(network, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(traced(x), logits_of(network, x), rtol=1e-4, atol=1e-4)
 
 
 @every_network
