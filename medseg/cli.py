@@ -108,8 +108,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and sh
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and results.")]
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Set up logging, and turn errors into a message and an exit code."""
+def as_command(function: Callable[..., None]) -> Callable[..., None]:
+    """A function as a command: logging is set up, and errors become a message and an exit code."""
 
     @functools.wraps(function)
     def guarded(**arguments: Any) -> None:
@@ -167,7 +167,7 @@ class _ConsoleHandler(logging.Handler):
         self.console.print(escape(f"{record.levelname.lower()}: {record.getMessage()}"), style="yellow")
 
 
-class _Show:
+class Show:
     """Progress: bars with an estimate on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, quiet: bool = False, every_s: float = 15.0) -> None:
@@ -180,7 +180,7 @@ class _Show:
         self.bars: Any = None
         self.bar: Any = None
 
-    def __enter__(self) -> _Show:
+    def __enter__(self) -> Show:
         if self.console.is_terminal and not self.quiet:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
             from rich.table import Column
@@ -233,7 +233,7 @@ class _Show:
         "medseg run Task09_Spleen --recipe classic --set plan.loss=cldice -o classic",
     )
 )
-@_command
+@as_command
 def run(
     dataset: DatasetArgument,
     out: Out = None,
@@ -265,7 +265,7 @@ def run(
     """
     from medseg.recipe import settings_of
 
-    training = _train_settings(
+    training = train_settings(
         time_budget=time_budget,
         epochs=epochs,
         iterations=iterations,
@@ -299,10 +299,7 @@ def run_recipe(recipe: Recipe) -> None:
 
 def recipe_app(recipe: Recipe) -> typer.Typer:
     """The command line of a recipe: that of ``medseg run`` without what the recipe decides."""
-    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-    @script.command(help=f"Train and score {recipe.task}: `medseg run` with what suits it.")
-    @_command
     def command(
         dataset: DatasetArgument,
         out: Out = None,
@@ -324,7 +321,7 @@ def recipe_app(recipe: Recipe) -> typer.Typer:
             quiet,
             configuration=recipe.configuration,
             folds=_folds(folds),
-            train=_train_settings(
+            train=train_settings(
                 time_budget=time_budget, epochs=epochs, iterations=iterations, device=device, seed=seed
             ),
             memory_budget_mb=_megabytes(memory_budget),
@@ -334,11 +331,18 @@ def recipe_app(recipe: Recipe) -> typer.Typer:
             skip_bad_cases=skip_bad_cases,
         )
 
+    return script_app(f"Train and score {recipe.task}: `medseg run` with what suits it.", command)
+
+
+def script_app(help_text: str, function: Callable[..., None]) -> typer.Typer:
+    """The command line of a script in ``pipelines/``: one command, with the parameters of the function."""
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    script.command(help=help_text)(as_command(function))
     return script
 
 
 @app.command(epilog=_examples("medseg check Task04_Hippocampus", "medseg check Task04_Hippocampus --json"))
-@_command
+@as_command
 def check(
     dataset: DatasetArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
@@ -352,7 +356,7 @@ def check(
     from medseg.check import check as check_dataset
     from medseg.dataset import Dataset
 
-    with _Show(quiet) as show:
+    with Show(quiet) as show:
         findings = check_dataset(Dataset.open(dataset), show)
     output = _console(stderr=False)
     if as_json:
@@ -379,7 +383,7 @@ def check(
         "medseg plan Task04_Hippocampus -o for-a-gpu --device cuda --memory-budget 24GB",
     )
 )
-@_command
+@as_command
 def plan(
     dataset: DatasetArgument,
     out: Out = None,
@@ -404,7 +408,7 @@ def plan(
     target = out or _default_out(dataset)
     budget = _megabytes(memory_budget)
     opened = Dataset.open(dataset)
-    with writing_to(target), _Show(quiet) as show:
+    with writing_to(target), Show(quiet) as show:
         data, _ = check_station(opened, target, skip_bad_cases, show)
         made = plan_station(data, target, device, budget, configuration, [*settings_of(recipe), *overrides], show)
     _print_plan(made, target)
@@ -416,7 +420,7 @@ def plan(
         "medseg train Task04_Hippocampus -o hippocampus --folds 0,1,2 --epochs 50",
     )
 )
-@_command
+@as_command
 def train(
     dataset: DatasetArgument,
     out: Out = None,
@@ -446,7 +450,7 @@ def train(
     from medseg.plan import Plan
 
     target = out or _default_out(dataset)
-    settings = _train_settings(
+    settings = train_settings(
         time_budget=time_budget,
         epochs=epochs,
         iterations=iterations,
@@ -461,7 +465,7 @@ def train(
     if not (target / "plan.json").exists():
         raise InputError(target, "holds no plan.json", "the output folder of `medseg plan`", "run that first")
     made, opened = Plan.load(target / "plan.json"), Dataset.open(dataset)
-    with writing_to(target), _Show(quiet) as show:
+    with writing_to(target), Show(quiet) as show:
         data, _ = check_station(opened, target, skip_bad_cases, show)
         chosen = chosen_folds(data, _folds(folds), target)
         train_station(data, made, configuration, chosen, target, settings, show)
@@ -475,7 +479,7 @@ def train(
         "medseg predict Task04_Hippocampus/dataset.json -m hippocampus/package -o masks",
     )
 )
-@_command
+@as_command
 def predict(
     images: Annotated[Path, typer.Argument(metavar="INPUT", help="Image, folder of images, or dataset.json.")],
     model: Annotated[Path, typer.Option("--model", "-m", metavar="PACKAGE", help="Model package, folder or zip.")],
@@ -503,7 +507,7 @@ def predict(
         raise InputError(out, "names a file", "a folder: the masks are named after the images", "leave the name out")
     cases = find_cases(images)
     predictor = load(model, device=device, mirror=mirror, overlap=overlap)
-    with writing_to(out), _Show(quiet) as show:
+    with writing_to(out), Show(quiet) as show:
         results = predict_cases(predictor, cases, out, overwrite=overwrite, progress=show)
     output = _console(stderr=False)
     failed = [result for result in results if result.status == "failed"]
@@ -521,7 +525,7 @@ def predict(
         "medseg evaluate masks references -o scores --tolerance-mm 2",
     )
 )
-@_command
+@as_command
 def evaluate(
     predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Folder of masks, or one mask.")],
     references: Annotated[Path, typer.Argument(metavar="REFERENCES", help="Folder of masks, one mask, or a dataset.")],
@@ -542,7 +546,7 @@ def evaluate(
     """
     from medseg.evaluate import evaluate_folders
 
-    with _Show(quiet) as show:
+    with Show(quiet) as show:
         result = evaluate_folders(
             predictions, references, tolerance_mm=tolerance_mm, only_predicted=only_predicted, progress=show
         )
@@ -555,7 +559,7 @@ def evaluate(
 
 
 @app.command(epilog=_examples("medseg download Task04 -o data"))
-@_command
+@as_command
 def download(
     task: Annotated[str, typer.Argument(metavar="TASK", help="A Decathlon task: Task04, Task04_Hippocampus.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to put it in.")] = Path("data"),
@@ -568,13 +572,13 @@ def download(
     """
     from medseg.download import download_task
 
-    with _Show(quiet) as show:
+    with Show(quiet) as show:
         folder = download_task(task, out, show)
     _console(stderr=False).print(str(folder))
 
 
 @app.command(epilog=_examples("medseg doctor"))
-@_command
+@as_command
 def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Say what is installed, which device is used, what is missing."""
     import importlib.util
@@ -587,6 +591,8 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
     for module, extra, use in (
         ("SimpleITK", "itk", ".mha, .mhd and .nrrd files"),
         ("tensorboard", "tensorboard", "training curves in TensorBoard"),
+        ("skimage", "cells", "parting cells that touch"),
+        ("rasterio", "satellite", "scenes larger than memory, with their place on the map"),
     ):
         found = importlib.util.find_spec(module) is not None
         output.print(
@@ -595,7 +601,7 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
 
 
 @app.command(epilog=_examples("medseg demo", "medseg demo -o trial --time-budget 30s"))
-@_command
+@as_command
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.")] = Path("medseg-demo"),
     time_budget: TimeBudget = "70s",
@@ -608,7 +614,7 @@ def demo(
     """
     from medseg.phantom import make_dataset
 
-    settings = _train_settings(time_budget=time_budget)
+    settings = train_settings(time_budget=time_budget)
     dataset = make_dataset(out / "dataset")
     _run(dataset, out / "run", quiet, train=settings)
 
@@ -635,7 +641,7 @@ def main() -> None:
 def _run(dataset: Path, out: Path | None, quiet: bool, **choices: Any) -> None:
     from medseg.pipeline import run as run_pipeline
 
-    with _Show(quiet) as show:
+    with Show(quiet) as show:
         result = run_pipeline(dataset, out or _default_out(dataset), progress=show, **choices)
     _print_run(result)
     if result.evaluation.failed or result.evaluation.unscored:
@@ -706,7 +712,7 @@ def _default_out(dataset: Path) -> Path:
     return Path(f"medseg-{folder.parent.name if folder.name == 'dataset.json' else folder.name}")
 
 
-def _train_settings(
+def train_settings(
     *, time_budget: str = "", epochs: int | None = None, iterations: int | None = None, **choices: Any
 ) -> TrainSettings:
     from medseg.train import TrainSettings, seconds_of

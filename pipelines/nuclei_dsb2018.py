@@ -35,7 +35,7 @@ import typer
 from numpy.typing import NDArray
 
 import medseg
-from medseg.cli import NOTICE, Device, Quiet, Seed, TimeBudget, Verbose, _command, _Show, _train_settings
+from medseg.cli import NOTICE, Device, Quiet, Seed, Show, TimeBudget, Verbose, script_app, train_settings
 from medseg.dataset import Dataset, Finding, Findings
 from medseg.errors import GeometryMismatch, InputError, MedsegError
 from medseg.io import read_mask, read_volume, write_mask
@@ -235,11 +235,6 @@ def run_nuclei(
     return means
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-@app.command(help="Train and score the Data Science Bowl 2018: the nuclei of microscopy images, each by itself.")
-@_command
 def command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder as downloaded.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.")] = Path("medseg-nuclei"),
@@ -251,13 +246,15 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """The command line; see ``run_nuclei``."""
-    settings = _train_settings(time_budget=time_budget, seed=seed, device=device)
-    with _Show(quiet) as show:
+    settings = train_settings(time_budget=time_budget, seed=seed, device=device)
+    with Show(quiet) as show:
         means = run_nuclei(folder, out, boundary=not no_boundary, train=settings, progress=show)
     for name, value in means.model_dump().items():
         typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     typer.echo(f"nuclei: {out / 'instances.csv'}\nworst images: {out / 'worst.png'}\n{NOTICE}")
 
+
+app = script_app("Train and score the Data Science Bowl 2018: the nuclei of microscopy images, each by itself.", command)
 
 if __name__ == "__main__":
     app()

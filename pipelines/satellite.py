@@ -27,7 +27,7 @@ from typing import Annotated
 import typer
 
 import medseg
-from medseg.cli import NOTICE, Device, Quiet, Seed, TimeBudget, Verbose, _command, _Show, _train_settings
+from medseg.cli import NOTICE, Device, Quiet, Seed, Show, TimeBudget, Verbose, script_app, train_settings
 from medseg.dataset import Dataset
 from medseg.errors import InputError
 from medseg.package import load_package
@@ -82,11 +82,6 @@ def run_satellite(
     return scene_dice(out / MASK, reference, Dataset.open(folder).labels) if reference.is_file() else {}
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-@app.command(help="Train on tiles of land and segment a scene that is larger than memory.")
-@_command
 def command(
     folder: Annotated[
         Path | None, typer.Argument(metavar="FOLDER", help="Tiles and scene.", show_default="made up")
@@ -101,15 +96,17 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """The command line; see ``run_satellite``."""
-    settings = _train_settings(time_budget=time_budget, seed=seed, device=device)
+    settings = train_settings(time_budget=time_budget, seed=seed, device=device)
     folder = folder or write_scenes(out / "dataset")
-    with _Show(quiet) as show:
+    with Show(quiet) as show:
         dice = run_satellite(folder, out, train=settings, progress=show)
     for name, value in dice.items():
         typer.echo(f"Dice of {name} in the scene: {'none there' if value is None else f'{value:.4f}'}")
     typer.echo(f"scene: {folder / SCENE}\nmask of the scene: {out / MASK}")
     typer.echo(f"model package: {out / 'package'}\nheld-out tiles: {out / 'summary.md'}\n{NOTICE}")
 
+
+app = script_app("Train on tiles of land and segment a scene that is larger than memory.", command)
 
 if __name__ == "__main__":
     app()

@@ -386,7 +386,7 @@ def last_frame(text: str) -> list[str]:
 
 
 def test_on_a_terminal_bars_show_fraction_time_loss_and_dice(terminal: Terminal) -> None:
-    with cli._Show() as show:
+    with cli.Show() as show:
         show("preparing for 3d_fullres", 1.0, "")
         show("training", 0.25, "step 10 loss 0.531 Dice 0.702")
     text = terminal.getvalue()
@@ -396,7 +396,7 @@ def test_on_a_terminal_bars_show_fraction_time_loss_and_dice(terminal: Terminal)
 
 
 def test_a_log_line_on_a_terminal_stands_above_the_bars(terminal: Terminal) -> None:
-    with cli._Show() as show:
+    with cli.Show() as show:
         show("training", 0.5, "")
         handler = cli._ConsoleHandler(cli._console_on(terminal))
         handler.handle(logging.LogRecord("medseg.train", logging.WARNING, "", 0, "look [at] this", None, None))
@@ -423,7 +423,7 @@ def test_elsewhere_progress_is_a_plain_line_now_and_then(monkeypatch: pytest.Mon
     clock = iter([0.0, 10.0, 20.0, 22.0, 40.0, 41.0, 43.0])
     monkeypatch.setattr(cli, "_console", lambda *, stderr: cli._console_on(stream))
     monkeypatch.setattr("medseg.cli.time.monotonic", lambda: next(clock))
-    with cli._Show() as show:
+    with cli.Show() as show:
         for fraction in (0.25, 0.5, 0.55, 1.0):
             show("training", fraction, f"step {fraction * 100:.0f}")
         show("scoring", 0.5, "a")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import typer
+from small_datasets import nuclei
 from typer.main import get_command
 
 from medseg import cli, pipeline
@@ -66,7 +67,8 @@ def parse(line: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
     if words[0] == "docker":  # what stands behind the image's name
         words = ["medseg", *words[next(n for n, word in enumerate(words) if IMAGE.search(word)) + 1 :]]
     if words[0] == "python":
-        name, command = words[1], get_command(cli.recipe_app(runpy.run_path(str(ROOT / words[1]))["RECIPE"]))
+        script = runpy.run_path(str(ROOT / words[1]))
+        name, command = words[1], get_command(script.get("app") or cli.recipe_app(script["RECIPE"]))
         arguments = words[2:]
     else:
         group: Any = get_command(cli.app)
@@ -160,6 +162,8 @@ class Sandbox:
             shutil.copytree(self.made.package, path)
         elif kind == "masks":
             shutil.copytree(self.dataset / "labelsTr", path)
+        elif kind == "nuclei":
+            nuclei(path.parent)
         elif kind == "planned":
             path.mkdir()
             shutil.copy(self.made.out / "plan.json", path)
@@ -173,6 +177,7 @@ class Sandbox:
     def provide_arguments(self, name: str, arguments: dict[str, Any]) -> None:
         """Put there what a command reads."""
         kinds = {"dataset": "dataset", "model": "package", "predictions": "masks", "references": "masks"}
+        kinds["folder"] = "nuclei"  # of the script for nuclei
         kinds["images"] = "images" if not str(arguments.get("images", "")).endswith(".json") else "dataset"
         if "Task" in str(arguments.get("references", "")):
             kinds["references"] = "dataset"
@@ -209,6 +214,9 @@ def sandbox(
 
     # the phantom has other labels than a task's regions, and one configuration
     def quick_run(dataset: Path | str, out: Path | str, **choices: Any) -> RunResult:
+        if choices.get("configuration") == "2d":  # of a script for pictures
+            small = (*choices["overrides"], "plan.patch_size=[32,32]", "plan.batch_size=2")
+            return run(dataset, out, **{**choices, "train": quick, "overrides": small})
         overrides = (*choices.pop("overrides", ()), *tiny_overrides)
         changed = {"train": quick, "overrides": overrides, "configuration": "3d_fullres", "regions": None}
         return run(dataset, out, **{**choices, **changed})
@@ -231,7 +239,7 @@ def sandbox(
     monkeypatch.setattr("medseg.segmenter.run", quick_fit)  # first: it takes medseg.pipeline.run when it is imported
     monkeypatch.setattr("medseg.pipeline.run", quick_run)
     monkeypatch.setattr("medseg.pipeline.plan_station", quick_plan)
-    monkeypatch.setattr("medseg.cli._train_settings", lambda **_: quick)
+    monkeypatch.setattr("medseg.cli.train_settings", lambda **_: quick)
     monkeypatch.setattr("medseg.download.download_task", copy)
     return box
 
