@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -72,7 +71,7 @@ def separate(
         ground, markers = _hills(marked, spacing_mm, NECK)
     else:
         ground, markers = _from_cores(core, marked, spacing_mm)
-    watershed = _skimage("segmentation").watershed
+    watershed = load_skimage().segmentation.watershed
     ids = watershed(ground, markers, _ALL_NEIGHBOURS, mask=marked)
     sizes = np.bincount(ids.ravel())
     sizes[0] = 0
@@ -158,6 +157,20 @@ def join(masks: Iterable[NDArray[Any]], shape: tuple[int, int, int]) -> Joined:
     return Joined(ids, int(np.count_nonzero(claims > 1)), sizes[1:].count(0), hidden)
 
 
+def load_skimage() -> Any:
+    """The package ``skimage``, which is an extra: only those install it who part cells.
+
+    Raises:
+        InputError: it is not installed; with how to.
+    """
+    try:
+        import skimage  # its parts are loaded when first asked for
+    except ImportError:
+        remedy = "pip install 'medseg[cells]'"
+        raise InputError("scikit-image", "is not installed", "it, to part cells", remedy) from None
+    return skimage
+
+
 def _from_cores(
     core: NDArray[np.bool_], marked: NDArray[np.bool_], spacing_mm: Spacing
 ) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -166,7 +179,7 @@ def _from_cores(
     A piece of boundary without inside is one too. What is nearest to an inside across background is left to the flood.
     """
     ground, peaks = _hills(core, spacing_mm, NECK_INSIDE)
-    cores = _skimage("segmentation").watershed(ground, peaks, _ALL_NEIGHBOURS, mask=core)
+    cores = load_skimage().segmentation.watershed(ground, peaks, _ALL_NEIGHBOURS, mask=core)
     pieces, _ = ndimage.label(marked, _ALL_NEIGHBOURS)
     alone = np.ones(pieces.max() + 1, dtype=bool)
     alone[pieces[core]] = alone[0] = False
@@ -174,7 +187,7 @@ def _from_cores(
     markers = np.where(lonely > 0, lonely + cores.max(), cores)
     distance, nearest = ndimage.distance_transform_edt(markers == 0, sampling=spacing_mm, return_indices=True)
     regions = np.where(marked, markers[tuple(nearest)], 0)
-    parts = _skimage("measure").label(regions)
+    parts = load_skimage().measure.label(regions)
     return distance, np.where(np.isin(parts, np.unique(parts[markers > 0])), regions, 0)
 
 
@@ -190,7 +203,7 @@ def _hills(marked: NDArray[np.bool_], spacing_mm: Spacing, neck: float) -> tuple
     padded = np.pad(marked, margin)
     height = ndimage.distance_transform_edt(padded, sampling=spacing_mm)
     height = padded * ndimage.gaussian_filter(height, [SMOOTHING_VOXELS * (after > 0) for _, after in margin])
-    morphology = _skimage("morphology")
+    morphology = load_skimage().morphology
     peaks = morphology.local_maxima(morphology.reconstruction(neck * height, height)) & padded
     markers, _ = ndimage.label(peaks, _ALL_NEIGHBOURS)
     return -height[within], markers[within]
@@ -200,14 +213,3 @@ def _typical(sizes: NDArray[np.int64]) -> float:
     """Size of the object to which the median voxel belongs: specks, however many, do not change it."""
     order = np.sort(sizes)
     return float(order[np.searchsorted(np.cumsum(order), order.sum() / 2)])
-
-
-def _skimage(part: str) -> ModuleType:
-    """A part of scikit-image, which only those install who part cells."""
-    try:
-        import skimage  # its parts are loaded when first asked for
-    except ModuleNotFoundError:
-        remedy = "pip install 'medseg[cells]'"
-        raise InputError("medseg.postprocess", "scikit-image is not installed", "", remedy) from None
-    module: ModuleType = getattr(skimage, part)
-    return module

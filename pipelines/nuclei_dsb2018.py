@@ -23,8 +23,7 @@ images of the first release have masks that are wrong or lack, and a mask cannot
 
 from __future__ import annotations
 
-import csv
-import io as text_io
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,17 +34,21 @@ import typer
 from numpy.typing import NDArray
 
 import medseg
-from medseg.cli import NOTICE, Device, Quiet, Seed, Show, TimeBudget, Verbose, script_app, train_settings
+from medseg.cli import NOTICE, Device, Overrides, Quiet, Seed, Show, TimeBudget, Verbose, script_app, train_settings
 from medseg.dataset import Dataset, Finding, Findings
 from medseg.errors import GeometryMismatch, InputError, MedsegError
-from medseg.io import read_mask, read_volume, write_mask
-from medseg.metrics import InstanceMeans, InstanceScore, score_instances
-from medseg.postprocess import boundary_classes, join, separate
+from medseg.geometry import Geometry
+from medseg.io import describe_grid, read_mask, read_volume, write_mask
+from medseg.metrics import InstanceMeans
+from medseg.pipeline import RunResult, writing_to
+from medseg.postprocess import boundary_classes, join, load_skimage
 from medseg.progress import Progress, silent, track
-from medseg.records import write_json, write_text
-from medseg.report import Panel, save_contact_sheet
+from medseg.records import write_json
+from medseg.report import InstanceResult, Panel, save_contact_sheet, save_instances, score_case, worst
 from medseg.train import TrainSettings
 from medseg.volume import Mask
+
+log = logging.getLogger("medseg.pipelines.nuclei_dsb2018")  # its name is __main__ where it is run
 
 NUCLEUS, BOUNDARY = 1, 2
 BOUNDARY_WIDTH = 1.0
@@ -56,12 +59,11 @@ OVERRIDES = ("plan.patch_size=[192,192]", "plan.batch_size=5")
 """Smaller patches than planned, and more of them: a batch of two images is of one kind two times of three."""
 
 
-class Result(NamedTuple):
-    """The nuclei of one held-out image."""
+class Nuclei(NamedTuple):
+    """What a run found: the scores of the single nuclei, and the run that segmented them."""
 
-    image: str
-    score: InstanceScore
-    reason: str = ""
+    means: InstanceMeans
+    run: RunResult
 
 
 # ---- the folder as downloaded ----------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def image_folders(folder: Path) -> list[Path]:
     """
     inner = folder / "stage1_train"
     place = inner if inner.is_dir() else folder
-    found = sorted(path.parent for path in place.glob("*/images"))
+    found = sorted(path.parent for path in place.glob("[!.]*/images"))
     if not found:
         raise InputError(place, "holds no ID/images", "the folder of the Data Science Bowl 2018, as downloaded")
     return found
@@ -85,17 +87,17 @@ def read_nuclei(folder: Path) -> tuple[Path, Mask, list[Finding]]:
     """The image of one folder, its nuclei as ids, and what was odd about them.
 
     Raises:
-        InputError: no image or several, no masks, one that cannot be read or is of another size. A nucleus without a
+        InputError: no image or several, no masks, one that cannot be read or lies on another grid. A nucleus without a
             mask would be taught as background, so that the image is of no use.
     """
-    images = sorted((folder / "images").glob("*.png"))
+    images = sorted((folder / "images").glob("[!.]*.png"))
     if len(images) != 1:
         raise InputError(folder / "images", f"holds {len(images)} images", "one")
     volume = read_volume(images[0], channels=3)
-    files = sorted((folder / "masks").glob("*.png"))
+    files = sorted((folder / "masks").glob("[!.]*.png"))
     if not files:
         raise InputError(folder / "masks", "holds no mask", "one a nucleus")
-    joined = join((_read_nucleus(file, volume.geometry.shape) for file in files), volume.geometry.shape)
+    joined = join((_read_nucleus(file, volume.geometry) for file in files), volume.geometry.shape)
     odd = {
         "overlap": f"{joined.overlapping} pixels are in several masks" if joined.overlapping else "",
         "empty": f"{joined.empty} masks are empty" if joined.empty else "",
@@ -106,10 +108,10 @@ def read_nuclei(folder: Path) -> tuple[Path, Mask, list[Finding]]:
     return images[0], Mask(joined.ids, volume.geometry), warnings
 
 
-def _read_nucleus(file: Path, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+def _read_nucleus(file: Path, grid: Geometry) -> NDArray[np.bool_]:
     mask = read_mask(file)
-    if mask.geometry.shape != shape:
-        raise GeometryMismatch(file, f"has shape {mask.geometry.shape}", f"{shape} as the image")
+    if not mask.geometry.close_to(grid):
+        raise GeometryMismatch(file, f"grid {describe_grid(mask)} differs from the image's", f"shape {grid.shape}")
     return np.asarray(mask.array != 0)
 
 
@@ -151,42 +153,15 @@ def write_dataset(folder: Path, out: Path, boundary: bool = True, progress: Prog
 # ---- the single nuclei of the held-out images ------------------------------------------------------------------------
 
 
-def score_image(case: str, out: Path, boundary: bool) -> Result:
-    """Part the nuclei in a predicted mask, write their ids to ``out/instances``, and score them.
-
-    An image without a usable prediction counts as one in which nothing was found.
-    """
-    reference = read_mask(out / "dataset" / "instances" / f"{case}.png")
-    try:
-        mask = read_mask(out / "predictions" / "fold_0" / f"{case}.png")
-    except InputError as failure:
-        return Result(case, score_instances(np.zeros_like(reference.array), reference.array), str(failure))
-    ids = separate(mask.array, NUCLEUS, BOUNDARY if boundary else None)
-    write_mask(replace(mask, array=ids), out / "instances" / f"{case}.png")
-    return Result(case, score_instances(ids, reference.array, case))
-
-
-def save_table(results: Sequence[Result], path: Path) -> None:
-    """Write ``instances.csv``, one row an image."""
-    text = text_io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", *InstanceScore.model_fields, "reason"])
-    for result in results:
-        scores = {**result.score.model_dump(), "matches": " ".join(map(str, result.score.matches))}
-        table.writerow([result.image, *scores.values(), result.reason])
-    write_text(path, text.getvalue())
-
-
-def save_worst(results: Sequence[Result], out: Path) -> None:
-    """Draw the images with the lowest scores of those that were segmented into ``worst.png``."""
+def save_worst(results: Sequence[InstanceResult], out: Path) -> None:
+    """Draw the images with the lowest scores of those that were segmented; no picture where there are none."""
+    (out / "worst.png").unlink(missing_ok=True)
     data = Dataset.open(out / "dataset")
-    scored = [(r.score.f1, r.score.average_precision, r) for r in results if r.score.f1 is not None and not r.reason]
     panels = []
-    for f1, precision, result in sorted(scored, key=lambda row: row[:2])[:SHOWN]:
-        title = f"{result.image[:12]}: F1 {f1:.2f}, AP {precision:.2f}, Dice {result.score.dice:.2f}"
-        image = read_volume(data.case(result.image).images).array
-        reference, ids = (read_mask(root / "instances" / f"{result.image}.png").array for root in (data.root, out))
-        panels.append(Panel(title, image, reference, ids))
+    for case, score, _ in worst(results, SHOWN):
+        title = f"{case[:12]}: F1 {score.f1:.2f}, AP {score.average_precision:.2f}, Dice {score.dice:.2f}"
+        reference, ids = (read_mask(root / "instances" / f"{case}.png").array for root in (data.root, out))
+        panels.append(Panel(title, read_volume(data.case(case).images).array, reference, ids))
     if panels:
         save_contact_sheet(panels, out / "worst.png")
 
@@ -197,9 +172,9 @@ def run_nuclei(
     *,
     boundary: bool = True,
     train: TrainSettings | None = None,
-    overrides: Sequence[str] = OVERRIDES,
+    overrides: Sequence[str] = (),
     progress: Progress = silent,
-) -> InstanceMeans:
+) -> Nuclei:
     """From the folder as downloaded to scored nuclei of fold 0; called again it goes on.
 
     Args:
@@ -207,14 +182,20 @@ def run_nuclei(
         out: where everything is written; ``instances.csv``, ``instances.json`` and ``worst.png`` are about nuclei.
         boundary: learn the boundaries, by the cell segmenter.
         train: settings of training.
-        overrides: plan settings.
+        overrides: plan settings, after those of the script.
         progress: told how far each station is.
 
     Raises:
-        MedsegError: as ``medseg.run``; or no image can be used.
+        MedsegError: as ``medseg.run``; or no image can be used, or scikit-image is not installed.
     """
-    write_dataset(folder, out / "dataset", boundary, progress)
-    network = "cell_segmenter" if boundary else "unet"
+    load_skimage()  # missed now rather than after training
+    with writing_to(out):
+        findings = write_dataset(folder, out / "dataset", boundary, progress)
+        if findings.findings:
+            counts = ", ".join(f"{count} {kind}" for kind, count in findings.counts.items())
+            unusable = ", ".join(findings.unusable_cases) or "none"
+            path = out / "dataset" / "findings.json"
+            log.warning("%d images read: %s; left out: %s; see %s", findings.cases_checked, counts, unusable, path)
     result = medseg.run(
         out / "dataset",
         out,
@@ -222,25 +203,36 @@ def run_nuclei(
         folds=(0,),
         train=train,
         regions={"whole nucleus": (NUCLEUS, BOUNDARY)} if boundary else None,
-        overrides=(f"plan.network.name={network}", *overrides),
+        overrides=(f"plan.network.name={'cell_segmenter' if boundary else 'unet'}", *OVERRIDES, *overrides),
         skip_bad_cases=True,
         progress=progress,
     )
-    cases = [case.case for case in result.evaluation.cases]
-    results = [score_image(case, out, boundary) for case in track(cases, "parting nuclei", progress)]
-    save_table(results, out / "instances.csv")
-    save_worst(results, out)
-    means = InstanceMeans.of(result.score for result in results)
-    means.save(out / "instances.json")
-    return means
+    with writing_to(out):
+        results = [
+            score_case(
+                case.case,
+                out / "predictions" / "fold_0" / f"{case.case}.png",
+                out / "dataset" / "instances" / f"{case.case}.png",
+                out / "instances" / f"{case.case}.png",
+                NUCLEUS,
+                BOUNDARY if boundary else None,
+            )
+            for case in track(result.evaluation.cases, "parting nuclei", progress)
+        ]
+        save_instances(results, out / "instances.csv")
+        save_worst(results, out)
+        means = InstanceMeans.of(case.score for case in results)
+        means.save(out / "instances.json")
+    return Nuclei(means, result)
 
 
 def command(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder as downloaded.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Output folder.")] = Path("medseg-nuclei"),
-    time_budget: TimeBudget = "15m",
+    time_budget: TimeBudget = "12m",
     seed: Seed = 0,
     device: Device = "auto",
+    overrides: Overrides = [],  # noqa: B006 - Typer needs a list, and copies it
     no_boundary: Annotated[bool, typer.Option("--no-boundary", help="Part nuclei by their shape alone.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -248,13 +240,31 @@ def command(
     """The command line; see ``run_nuclei``."""
     settings = train_settings(time_budget=time_budget, seed=seed, device=device)
     with Show(quiet) as show:
-        means = run_nuclei(folder, out, boundary=not no_boundary, train=settings, progress=show)
+        means, run = run_nuclei(
+            folder, out, boundary=not no_boundary, train=settings, overrides=overrides, progress=show
+        )
     for name, value in means.model_dump().items():
         typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-    typer.echo(f"nuclei: {out / 'instances.csv'}\nworst images: {out / 'worst.png'}\n{NOTICE}")
+    paths = {
+        "nuclei": out / "instances.csv",
+        "worst images": out / "worst.png",
+        "what is odd about the data": out / "dataset" / "findings.json",
+        "model package": run.package,
+    }
+    for what, path in paths.items():
+        if path.exists():  # there are no worst images where nothing was scored
+            typer.echo(f"{what}: {path}")
+    typer.echo(NOTICE)
+    reasons = {**run.evaluation.failed, **run.evaluation.unscored}
+    for case, reason in reasons.items():
+        typer.echo(f"failed: {case}: {reason}")
+    if reasons:
+        raise typer.Exit(3)
 
 
-app = script_app("Train and score the Data Science Bowl 2018: the nuclei of microscopy images, each by itself.", command)
+app = script_app(
+    "Train and score the Data Science Bowl 2018: the nuclei of microscopy images, each by itself.", command
+)
 
 if __name__ == "__main__":
     app()

@@ -21,17 +21,19 @@ Research software.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
 import medseg
-from medseg.cli import NOTICE, Device, Quiet, Seed, Show, TimeBudget, Verbose, script_app, train_settings
+from medseg.cli import NOTICE, Device, Overrides, Quiet, Seed, Show, TimeBudget, Verbose, script_app, train_settings
 from medseg.dataset import Dataset
 from medseg.errors import InputError
 from medseg.package import load_package
 from medseg.phantom import write_scenes
+from medseg.pipeline import RunResult, writing_to
 from medseg.progress import Progress, silent
 from medseg.recipe import Recipe
 from medseg.scenes import load_rasterio, predict_scene, scene_dice
@@ -47,20 +49,41 @@ RECIPE = Recipe(
 SCENE, REFERENCE, MASK = "scene.tif", "reference.tif", "scene_mask.tif"
 
 
+class Satellite(NamedTuple):
+    """What a run found: Dice of the scene by class, and the run that trained on the tiles."""
+
+    dice: dict[str, float | None]
+    run: RunResult
+
+
+def made_up(out: Path) -> Path:
+    """The folder of tiles and scene that are made up, in ``out``; written where it is not there yet."""
+    folder = out / "dataset"
+    with writing_to(out):
+        if not (folder / "dataset.json").exists():  # which is written last
+            write_scenes(folder)
+    return folder
+
+
 def run_satellite(
-    folder: Path, out: Path, *, train: TrainSettings, overrides: tuple[str, ...] = (), progress: Progress = silent
-) -> dict[str, float | None]:
+    folder: Path,
+    out: Path,
+    *,
+    train: TrainSettings | None = None,
+    overrides: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Satellite:
     """Train on the tiles of a folder and segment its scene, window by window, into ``out``.
 
     Args:
         folder: ``dataset.json`` and what it lists, ``scene.tif``, and ``reference.tif`` where there is one.
         out: where everything is written.
         train: settings of training.
-        overrides: plan settings.
+        overrides: plan settings, after those of the script.
         progress: told how far each station is.
 
     Returns:
-        Dice of the scene by class, None for a class that is not there; empty without a reference.
+        Dice is None for a class that is not there; there is none without a reference.
 
     Raises:
         MedsegError: as ``medseg.run`` and ``predict_scene``; or there is no scene.
@@ -78,8 +101,11 @@ def run_satellite(
         overrides=(*RECIPE.overrides, *overrides),
         progress=progress,
     )
-    predict_scene(load_package(result.package), scene, out / MASK, device=train.device, progress=progress)
-    return scene_dice(out / MASK, reference, Dataset.open(folder).labels) if reference.is_file() else {}
+    with writing_to(out):
+        device = train.device if train else "auto"
+        predict_scene(load_package(result.package), scene, out / MASK, device=device, progress=progress)
+    dice = scene_dice(out / MASK, reference, Dataset.open(folder).labels) if reference.is_file() else {}
+    return Satellite(dice, result)
 
 
 def command(
@@ -92,18 +118,24 @@ def command(
     time_budget: TimeBudget = "10m",
     seed: Seed = 0,
     device: Device = "auto",
+    overrides: Overrides = [],  # noqa: B006 - Typer needs a list, and copies it
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """The command line; see ``run_satellite``."""
     settings = train_settings(time_budget=time_budget, seed=seed, device=device)
-    folder = folder or write_scenes(out / "dataset")
     with Show(quiet) as show:
-        dice = run_satellite(folder, out, train=settings, progress=show)
+        folder = folder or made_up(out)
+        dice, run = run_satellite(folder, out, train=settings, overrides=overrides, progress=show)
     for name, value in dice.items():
         typer.echo(f"Dice of {name} in the scene: {'none there' if value is None else f'{value:.4f}'}")
     typer.echo(f"scene: {folder / SCENE}\nmask of the scene: {out / MASK}")
-    typer.echo(f"model package: {out / 'package'}\nheld-out tiles: {out / 'summary.md'}\n{NOTICE}")
+    typer.echo(f"model package: {run.package}\nheld-out tiles: {out / 'summary.md'}\n{NOTICE}")
+    reasons = {**run.evaluation.failed, **run.evaluation.unscored}
+    for case, reason in reasons.items():
+        typer.echo(f"failed: {case}: {reason}")
+    if reasons:
+        raise typer.Exit(3)
 
 
 app = script_app("Train on tiles of land and segment a scene that is larger than memory.", command)

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import typer
-from small_datasets import nuclei
+from small_datasets import nuclei, picture, save_picture
 from typer.main import get_command
 
 from medseg import cli, pipeline
-from medseg.io import suffix_of
+from medseg.io import is_picture, suffix_of
 from medseg.pipeline import RunResult
 from medseg.train import TrainSettings
 
@@ -167,6 +167,8 @@ class Sandbox:
         elif kind == "planned":
             path.mkdir()
             shutil.copy(self.made.out / "plan.json", path)
+        elif is_picture(path):
+            save_picture(path, picture(0)[0])
         elif suffix_of(path):
             shutil.copy(self.dataset / "imagesTs" / "phantom_007.nii.gz", path)
         elif kind == "images":
@@ -228,7 +230,8 @@ def sandbox(
 
     def quick_plan(*arguments: Any) -> Any:
         *rest, configuration, overrides, show = arguments
-        return plan_station(*rest, configuration, [*overrides, *tiny_overrides], show)
+        tiny = () if configuration == "2d" else tiny_overrides  # quick_run has made it small
+        return plan_station(*rest, configuration, [*overrides, *tiny], show)
 
     def copy(task: str, folder: Path, *_: Any) -> Path:
         box.provide("dataset", folder / next(n for n in ("Task04_Hippocampus", task) if n.startswith(task)))

@@ -13,18 +13,22 @@ import numpy as np
 import pytest
 import rasterio
 import small_datasets
+import typer
 
+from medseg import pipeline
 from medseg.check import check
+from medseg.cli import as_command
 from medseg.dataset import Dataset
 from medseg.errors import InputError
 from medseg.fingerprint import measure
-from medseg.io import read_mask
+from medseg.io import read_mask, write_mask
 from medseg.metrics import InstanceMeans, score_instances
 from medseg.phantom import make_dataset, write_scenes
 from medseg.plan import Plan
 from medseg.planning import make_plan, override_plan
 from medseg.postprocess import separate
 from medseg.recipe import Recipe
+from medseg.report import InstanceResult, Panel
 from medseg.train import TrainSettings
 
 ROOT = Path(__file__).parent.parent
@@ -154,9 +158,10 @@ def test_nuclei_from_the_folder_to_the_scores(boundary: bool, tmp_path: Path) ->
     script = loaded(NUCLEI)
     settings = TrainSettings(iterations=3, device="cpu")
     out = tmp_path / "out"
-    means = script.run_nuclei(folder, out, boundary=boundary, train=settings, overrides=SMALL)
+    means, run = script.run_nuclei(folder, out, boundary=boundary, train=settings, overrides=SMALL)
+    assert run.package == out / "package"
     header, *rows = (out / "instances.csv").read_text().splitlines()
-    assert header.startswith("image,dice,f1,")
+    assert header.startswith("case,dice,f1,")
     assert len(rows) == means.n == 2  # a fifth of six, rounded up
     assert means == InstanceMeans.load(out / "instances.json")
     assert (out / "worst.png").exists()
@@ -201,12 +206,75 @@ def test_nuclei_where_none_can_be_used(tmp_path: Path) -> None:
         script.write_dataset(place, tmp_path / "dataset")
 
 
-def test_nuclei_of_an_image_without_prediction_count_as_missed(tmp_path: Path) -> None:
+def test_nuclei_whose_mask_is_turned_are_refused_and_hidden_files_passed_over(tmp_path: Path) -> None:
     script = loaded(NUCLEI)
-    script.write_dataset(small_datasets.nuclei(tmp_path / "data", count=1), tmp_path / "dataset")
-    result = script.score_image("n0", tmp_path, True)
-    assert (result.score.n_reference, result.score.f1) == (3, 0.0)
-    assert "missing" in result.reason
+    place = small_datasets.nuclei(tmp_path / "data", count=2) / "stage1_train"
+    (place / ".trash" / "images").mkdir(parents=True)
+    for part in ("images", "masks"):
+        (place / "n0" / part / "._1.png").write_bytes(b"of another system")
+    small_datasets.save_picture(place / "n1" / "masks" / "1.png", np.ones((48, 40), np.uint8), 6)  # 48 x 40 as stored
+    findings = script.write_dataset(place, tmp_path / "dataset")
+    assert findings.cases_checked == 2
+    assert [(f.case, f.kind) for f in findings.findings] == [("n1", "unusable")]
+    assert "differs from the image's" in findings.of("n1")[0].found
+
+
+def test_nuclei_without_scikit_image_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small_datasets.nuclei(tmp_path / "data", count=2)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(InputError, match=r"medseg\[cells\]"):
+        loaded(NUCLEI).run_nuclei(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_for_nuclei_says_what_was_odd_and_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, out = loaded(NUCLEI), tmp_path / "out"
+    place = small_datasets.nuclei(tmp_path / "data", count=7) / "stage1_train"
+    (place / "n1" / "masks" / "1.png").write_bytes(b"no picture")
+    plain = pipeline.run
+
+    def without_a_mask(*arguments: Any, **choices: Any) -> Any:
+        with pipeline.writing_to(out):  # not held while it runs
+            pass
+        result = plain(*arguments, **choices)
+        first, *others = result.evaluation.cases
+        (out / "predictions" / "fold_0" / f"{first.case}.png").unlink()
+        cases = (first.model_copy(update={"reason": "no mask"}), *others)
+        return replace(result, evaluation=result.evaluation.model_copy(update={"cases": cases}))
+
+    monkeypatch.setattr("medseg.pipeline.run", without_a_mask)
+    monkeypatch.setattr(script, "train_settings", lambda **_: TrainSettings(iterations=1, device="cpu"))
+    with pytest.raises(typer.Exit) as end:
+        as_command(script.command)(folder=place, out=out, overrides=list(SMALL))
+    assert end.value.exit_code == 3
+    said = capsys.readouterr()
+    assert "1 unusable; left out: n1; see" in said.err
+    assert "1 unusable; left out: n1; see" in (out / "log.txt").read_text()
+    for line in (f"model package: {out / 'package'}", f"{out / 'dataset' / 'findings.json'}", ": no mask"):
+        assert line in said.out
+
+
+def test_the_worst_nuclei_are_drawn_from_the_lowest_score_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = loaded(NUCLEI)
+    script.write_dataset(small_datasets.nuclei(tmp_path / "data", count=4), tmp_path / "dataset")
+    results = []
+    for n, found in ((0, (1, 2, 3)), (1, ()), (2, (1, 2)), (3, (1,))):  # of three nuclei each: F1 1, 0, 0.8 and 0.5
+        nuclei = read_mask(tmp_path / "dataset" / "instances" / f"n{n}.png")
+        ids = np.where(np.isin(nuclei.array, found), nuclei.array, 0)
+        write_mask(replace(nuclei, array=ids), tmp_path / "instances" / f"n{n}.png")
+        results.append(InstanceResult(f"n{n}", score_instances(ids, nuclei.array)))
+    drawn: list[Panel] = []
+    monkeypatch.setattr(script, "SHOWN", 2)
+    monkeypatch.setattr(script, "save_contact_sheet", lambda panels, png: drawn.extend(panels))
+    script.save_worst(results, tmp_path)
+    assert [panel.title[:11] for panel in drawn] == ["n1: F1 0.00", "n3: F1 0.50"]
+    assert [len(np.unique(panel.prediction)) - 1 for panel in drawn] == [0, 1]
+    assert all(np.unique(panel.reference).tolist() == [0, 1, 2, 3] for panel in drawn)
+    (tmp_path / "worst.png").write_bytes(b"of an earlier model")
+    script.save_worst([], tmp_path)
+    assert not (tmp_path / "worst.png").exists()
 
 
 def test_real_nuclei_are_read_and_parted_again(real_data: Path, tmp_path: Path) -> None:
@@ -235,7 +303,8 @@ def test_land_from_the_tiles_to_the_mask_of_the_scene(tmp_path: Path) -> None:
     folder = write_scenes(tmp_path / "land", tiles=5, tile_shape=(64, 64), scene_shape=(150, 100))
     tiny = ("plan.patch_size=[32,32]", "plan.features=[4,8,8,8]")
     settings = TrainSettings(iterations=2, device="cpu")
-    dice = loaded(SATELLITE).run_satellite(folder, tmp_path / "out", train=settings, overrides=tiny)
+    dice, run = loaded(SATELLITE).run_satellite(folder, tmp_path / "out", train=settings, overrides=tiny)
+    assert run.package == tmp_path / "out" / "package"
     assert list(dice) == ["water", "forest", "field", "built-up"]
     with rasterio.open(folder / "scene.tif") as scene, rasterio.open(tmp_path / "out" / "scene_mask.tif") as mask:
         assert (mask.crs, mask.transform, mask.shape) == (scene.crs, scene.transform, scene.shape)
@@ -243,6 +312,18 @@ def test_land_from_the_tiles_to_the_mask_of_the_scene(tmp_path: Path) -> None:
     assert {n.scheme for n in plan.normalisation} == {"ct"}
     assert plan.configuration("2d").network.name == "satellite_segmenter"
     assert plan.configuration("2d").mirror_axes == (0, 1)
+
+
+def test_made_up_land_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = loaded(SATELLITE)
+    small: dict[str, Any] = {"tiles": 2, "tile_shape": (64, 64), "scene_shape": (64, 64)}
+    monkeypatch.setattr(script, "write_scenes", lambda folder: write_scenes(folder, **small))
+    folder = script.made_up(tmp_path / "out")
+    (folder / "scene.tif").write_bytes(b"as it was")
+    assert script.made_up(tmp_path / "out") == folder
+    assert (folder / "scene.tif").read_bytes() == b"as it was"
+    with pipeline.writing_to(tmp_path / "out"), pytest.raises(InputError, match="another run"):
+        script.made_up(tmp_path / "out")
 
 
 def test_land_without_a_scene_is_not_trained_on(tmp_path: Path) -> None:

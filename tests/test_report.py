@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,23 @@ import pytest
 
 from medseg.errors import InputError
 from medseg.evaluate import CaseScores, ClassSummary, Evaluation, Means, Spread
-from medseg.metrics import ClassScore
-from medseg.report import Panel, markdown_summary, save_contact_sheet, save_curve, score_table
+from medseg.io import read_mask, write_mask
+from medseg.io.picture import picture_grid
+from medseg.metrics import ClassScore, InstanceScore, score_instances
+from medseg.postprocess import boundary_classes
+from medseg.report import (
+    InstanceResult,
+    Panel,
+    markdown_summary,
+    save_contact_sheet,
+    save_curve,
+    save_instances,
+    score_case,
+    score_table,
+    worst,
+)
 from medseg.report.contact_sheet import outlines
-from medseg.volume import Labels
+from medseg.volume import Labels, Mask
 
 HEADING = "iteration,seconds,loss,learning_rate,dice\n"
 ROWS = "".join(f"{n},{n * 0.5},{1 / n},0.01,{'' if n % 5 else n / 20}\n" for n in range(1, 21))
@@ -133,3 +147,64 @@ def test_contact_sheet_has_a_row_a_panel(tmp_path: Path) -> None:
         heights.append(size(tmp_path / "worst.png")[1])
     assert heights == [450, 900]
     assert [path.name for path in tmp_path.iterdir()] == ["worst.png"]
+
+
+# ---- single objects --------------------------------------------------------------------------------------------------
+
+
+def squares() -> Mask:
+    """Two squares of 9 pixels that touch, and one by itself."""
+    ids = np.zeros((40, 20, 1), np.uint8)
+    ids[3:12, 3:12], ids[12:21, 3:12], ids[25:34, 3:12] = 1, 2, 3
+    return Mask(ids, picture_grid(ids.shape))
+
+
+def test_objects_of_a_predicted_mask_are_parted_written_and_scored(tmp_path: Path) -> None:
+    reference, found = tmp_path / "reference.png", tmp_path / "found.png"
+    write_mask(squares(), reference)
+    write_mask(replace(squares(), array=boundary_classes(squares().array)), tmp_path / "mask.png")
+    result = score_case("a", tmp_path / "mask.png", reference, found, 1, 2)
+    assert (result.case, result.score.n_predicted, result.score.f1, result.reason) == ("a", 3, 1.0, "")
+    assert score_instances(read_mask(found).array, squares().array).matches == (3,) * 10
+
+
+@pytest.mark.parametrize("what", ["gone", "damaged", "turned"])
+def test_objects_without_a_usable_prediction_count_as_missed(what: str, tmp_path: Path) -> None:
+    reference, mask, found = (tmp_path / f"{name}.png" for name in ("reference", "mask", "found"))
+    write_mask(squares(), reference)
+    found.write_bytes(b"of an earlier model")
+    if what == "damaged":
+        mask.write_bytes(b"no picture")
+    if what == "turned":  # the same shape on another place
+        write_mask(replace(squares(), geometry=picture_grid(squares().array.shape, 3)), mask)
+    result = score_case("a", mask, reference, found, 1, 2)
+    assert (result.score.n_reference, result.score.n_predicted, result.score.f1) == (3, 0, 0.0)
+    assert {"gone": "missing", "damaged": "cannot be read", "turned": "differs"}[what] in result.reason
+    assert not found.exists()
+
+
+def scored(case: str, f1: float | None, precision: float | None = None, reason: str = "") -> InstanceResult:
+    score = InstanceScore(n_reference=4, n_predicted=3, matches=(3, 2), f1=f1, average_precision=precision)
+    return InstanceResult(case, score, reason)
+
+
+def test_the_worst_come_first_and_what_was_not_segmented_not_at_all() -> None:
+    results = [
+        scored("good", 0.9, 0.8),
+        scored("bad", 0.2, 0.1),
+        scored("worse", 0.2, 0.05),
+        scored("empty", None),
+        scored("failed", 0.0, 0.0, "no mask"),
+        scored("middle", 0.5, 0.3),
+    ]
+    assert [result.case for result in worst(results, 3)] == ["worse", "bad", "middle"]
+    assert [result.case for result in worst(results, 9)] == ["worse", "bad", "middle", "good"]
+
+
+def test_table_of_objects(tmp_path: Path) -> None:
+    save_instances([scored("a", 0.5, 0.25), scored("b", None, reason="gone, lost")], tmp_path / "instances.csv")
+    assert (tmp_path / "instances.csv").read_text() == (
+        "case,dice,f1,average_precision,segmentation_quality,panoptic_quality,n_reference,n_predicted,matches,reason\n"
+        "a,,0.5,0.25,,,4,3,3 2,\n"
+        'b,,,,,,4,3,3 2,"gone, lost"\n'
+    )
