@@ -29,7 +29,7 @@ def step_seconds(base: int, batch: int, optimiser: str | None) -> float:
     """Median seconds of a step: forward, backward, and the optimiser's update where one is named."""
     torch.manual_seed(0)
     network = UNet(3, 1, 3, features=[base * 2**n for n in range(4)])
-    loss_of = build_loss("dice_ce", batch=False, ignore_index=None, levels=1)
+    loss_of = build_loss("dice_ce", batch=False, ignore_index=None)
     update = None if optimiser is None else build_optimiser(network, TrainingPlan(optimiser=optimiser))
     images, labels = torch.randn(batch, 1, *PATCH), torch.randint(0, 3, (batch, 1, *PATCH))
     seconds = []

@@ -1,8 +1,8 @@
 """Checkpoint: all that changes while training, in one safetensors file that a killed training goes on from.
 
 The tensors are weights, their running average, the best weights and the optimiser's state; the numbers stand in the
-file's header as JSON, with a digest of all of it, as safetensors has none. Batches are functions of seed and iteration,
-so there is no random state to keep.
+file's header as JSON, with a digest of all of it, as safetensors has none. Batches and dropout are drawn from
+seed and iteration at each step, so no random state has to be kept.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Dice. Voxels with the label ``ignore_index`` count nowhere. To add a loss: a ter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -114,7 +114,9 @@ def _centreline_dice(voxels: _Voxels) -> Tensor:
 def _boundary(voxels: _Voxels) -> Tensor:
     """Mean over voxels and classes of p times the distance to the border of the label (Kervadec et al. 2019).
 
-    Below 0 where the prediction lies inside, so that a perfect prediction has the lowest value there is, not 0.
+    In voxels: of full resolution where the distances came with the labels, as in training, at lower levels of deep
+    supervision too; of the level itself where they are made here. Below 0 where the prediction lies inside, so that a
+    perfect prediction has the lowest value there is, not 0.
     """
     distances = voxels.distances
     if distances is None:
@@ -133,7 +135,7 @@ LOSSES: dict[str, Mapping[Term, float]] = {
     "tversky": {_tversky: 1.0},
     "generalised_dice": {_generalised_dice: 1.0},
     "cldice": {_dice: 0.5, _centreline_dice: 0.5},  # (1 - alpha) and alpha; 0.5 is the largest that the paper allows
-    "boundary": {_generalised_dice: 1.0, _boundary: 0.01},  # the weight that the paper's training starts with
+    "boundary": {_generalised_dice: 1.0, _boundary: 0.01},  # the paper's first weight; it stays
 }
 """Terms and weights of each loss, by the name that a plan uses.
 
@@ -254,7 +256,8 @@ def _distances(target: Tensor, valid: Tensor | None) -> Tensor:
 def with_distances(labels: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
     """Labels (N, 1, *spatial), and behind them their ``signed_distances``: float32 (N, 1 + classes, *spatial).
 
-    For ``boundary``, which makes the maps itself otherwise, for lower levels of deep supervision in their own voxels.
+    For ``boundary``, which otherwise makes them itself, in voxels of each level of deep supervision. Of
+    these, in voxels of full resolution, lower levels take the nearest.
     """
     return torch.cat([labels.float(), signed_distances(labels, max(classes, 2), ignore_index)], dim=1)
 
@@ -268,29 +271,35 @@ def build_target(name: str, *, classes: int, ignore_index: int | None) -> Callab
     return partial(with_distances, classes=classes, ignore_index=ignore_index) if wanted else None
 
 
-def supervision_weights(levels: int) -> list[float]:
-    """Weights of the decoder levels, highest resolution first, of sum 1: halved from level to level.
+def supervision_weights(sizes: Sequence[Sequence[int]]) -> list[float]:
+    """Weights of levels of these spatial sizes, highest resolution first, of sum 1.
 
-    The coarsest of several levels gets 0, as in nnU-Net.
+    Halved from level to level, and 0 for the coarsest of several, as in nnU-Net; equal where all have one size, as the
+    levels of a ``UNetPlusPlus`` (Zhou et al. 2018 average them).
     """
-    weights = [0.5**n for n in range(levels)]
-    if levels > 1:
-        weights[-1] = 0.0
+    if len({tuple(size) for size in sizes}) == 1:
+        return [1 / len(sizes)] * len(sizes)
+    weights = [*(0.5**n for n in range(len(sizes) - 1)), 0.0]
     return [w / sum(weights) for w in weights]
 
 
 def build_loss(
-    name: str, *, batch: bool, ignore_index: int | None, levels: int
-) -> Callable[[Tensor | list[Tensor], Tensor], Tensor]:
-    """The loss of a network's output: of one tensor, or of the list of ``levels`` tensors of deep supervision.
+    name: str, *, batch: bool, ignore_index: int | None
+) -> Callable[[Tensor | Sequence[Tensor], Tensor], Tensor]:
+    """The loss of a network's output: of one tensor, or of the list of tensors of deep supervision.
 
-    Lower levels are compared with labels sampled at the nearest voxel.
+    These are compared with labels sampled at the nearest voxel, and weighted by ``supervision_weights``.
 
     Raises:
         PlanError: no loss has this name.
     """
     if name not in LOSSES:
         raise PlanError("plan.loss", f"no loss {name!r}", " or ".join(LOSSES))
-    loss: Any = Loss(LOSSES[name], batch, ignore_index)
-    result: nn.Module = DeepSupervisionLoss(loss, weights=supervision_weights(levels)) if levels > 1 else loss
+    return partial(_supervised, Loss(LOSSES[name], batch, ignore_index))
+
+
+def _supervised(loss: Any, logits: Tensor | Sequence[Tensor], labels: Tensor) -> Tensor:
+    levels = [logits] if isinstance(logits, Tensor) else logits
+    weights = supervision_weights([level.shape[2:] for level in levels])
+    result: Tensor = DeepSupervisionLoss(loss, weights=weights)(levels, labels)
     return result

@@ -1,7 +1,7 @@
 """Training of one fold: one readable loop on Lightning Fabric.
 
-Batches are functions of seed and iteration, so a training that was killed goes on from its last checkpoint to the same
-weights, bit for bit on a CPU (with a budget in iterations or epochs; a budget in time depends on the clock).
+Batches and dropout are functions of seed and iteration, so a training that was killed goes on from its last checkpoint
+to the same weights, bit for bit on a CPU (with a budget in iterations or epochs; one in time depends on the clock).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class TrainSettings(Record):
     Attributes:
         device: ``auto`` takes a GPU where there is one; a device that is named and missing is an error.
         precision: ``auto`` is bfloat16 where the device multiplies it in hardware, else float16 on a GPU and float32
-            on a CPU. Weights, norms' statistics and the loss stay in float32.
+            on a CPU; ``16`` is not for a CPU. Weights, norms' statistics and the loss stay in float32.
         seed: of weights, batches and augmentation.
         deterministic: only deterministic kernels, also on a GPU.
         iterations: length in steps.
@@ -170,15 +170,29 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """Digest of all that the result depends on."""
+        """Digest of all that the result depends on: of device and precision what ``auto`` means here."""
         cases = [case.stem.name for case in (*self.cases, *(prepared for _, prepared in self.validation))]
-        return digest_of([self.plan.digest(), self.configuration, cases, self.settings.model_dump(mode="json")])
+        here = {"device": choose_device(self.settings.device).type, "precision": precision_of(self.settings)}
+        settings = self.settings.model_dump(mode="json") | here
+        return digest_of([self.plan.digest(), self.configuration, cases, settings])
 
     def network(self) -> nn.Module:
         """The network, freshly initialised."""
         return build_network(
             self.setup, len(self.plan.channels), self.plan.labels.count, checkpointing=self.settings.checkpointing
         )
+
+
+def refuse_impossible(plan: Plan, configuration: str) -> None:
+    """Build the network and the loss of a plan, without any memory, so that a typo is found before cases are prepared.
+
+    Raises:
+        PlanError: no such configuration, network or loss, or sizes that the network cannot have.
+    """
+    setup = plan.configuration(configuration)
+    with torch.device("meta"):
+        build_network(setup, len(plan.channels), plan.labels.count)
+    build_loss(setup.training.loss, batch=setup.batch_dice, ignore_index=plan.labels.ignore_index)
 
 
 def train_fold(job: Job, progress: Progress = silent) -> FoldRecord:
@@ -190,7 +204,8 @@ def train_fold(job: Job, progress: Progress = silent) -> FoldRecord:
 
     Raises:
         TrainingError: no case to train on, no class in any case, or a loss that is not finite.
-        InputError: the device does not exist.
+        InputError: the device does not exist, or cannot train in the precision.
+        PlanError: no such network or loss, or sizes that the network cannot have.
     """
     record = _finished(job)
     if record is None:
@@ -202,7 +217,7 @@ def train_fold(job: Job, progress: Progress = silent) -> FoldRecord:
             network = job.network()
             state = State(network, build_optimiser(network, job.setup.training))
             _loop(state, job, fabric, progress)
-        record = _finish(state, job, _precision(fabric.device, job.settings))
+        record = _finish(state, job)
     (job.folder / CHECKPOINT).unlink(missing_ok=True)
     return record
 
@@ -233,6 +248,7 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * factor
             optimiser.zero_grad()
+            _seed_dropout(job.settings.seed, state.iteration)
             parts = []
             for batch in itertools.islice(source, job.settings.accumulate):
                 loss = loss_of(network(batch.images.to(fabric.device)), batch.labels.to(fabric.device))
@@ -257,12 +273,15 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
                 save_at = state.seconds + max(CHECKPOINT_SECONDS, CHECKPOINT_PAUSE * took)
 
 
-def _loss(job: Job) -> Callable[[Tensor | list[Tensor], Tensor], Tensor]:
-    """The loss of the plan, for what its network gives."""
-    setup = job.setup
-    levels = len(setup.network.features) - 1 if setup.network.deep_supervision else 1
+def _seed_dropout(seed: int, iteration: int) -> None:
+    """Make what torch draws in a step, which is dropout, the same whatever was drawn before it."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0]))
+
+
+def _loss(job: Job) -> Callable[[Tensor | Sequence[Tensor], Tensor], Tensor]:
+    """The loss of the plan."""
     ignore = job.plan.labels.ignore_index
-    return build_loss(setup.training.loss, batch=setup.batch_dice, ignore_index=ignore, levels=levels)
+    return build_loss(job.setup.training.loss, batch=job.setup.batch_dice, ignore_index=ignore)
 
 
 def _batches(job: Job, step: int, workers: int) -> Generator[Batch, None, None]:
@@ -392,12 +411,12 @@ class FinishedFold(Record):
     record: FoldRecord
 
 
-def _finish(state: State, job: Job, precision: str) -> FoldRecord:
+def _finish(state: State, job: Job) -> FoldRecord:
     write_bytes(job.folder / WEIGHTS, safetensors.torch.save(on_host(state.best or _shipped(state))))
     record = FoldRecord(
         weights=WEIGHTS,
         seed=job.settings.seed,
-        precision=precision,
+        precision=precision_of(job.settings),
         iterations=state.iteration,
         seconds=round(state.seconds, 1),
         train_cases=len(job.cases),
@@ -428,10 +447,18 @@ def _fabric(settings: TrainSettings) -> Fabric:
     if device.type == "cpu":
         keep_freed_memory()
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it prints which precision it was told
-    return Fabric(accelerator=device.type, devices=devices, precision=names[_precision(device, settings)])
+    return Fabric(accelerator=device.type, devices=devices, precision=names[precision_of(settings)])
 
 
-def _precision(device: torch.device, settings: TrainSettings) -> str:
+def precision_of(settings: TrainSettings) -> str:
+    """The precision that is trained in: ``32``, ``bf16`` or ``16``.
+
+    Raises:
+        InputError: the device does not exist, or it is a CPU, which has no training in float16.
+    """
+    device = choose_device(settings.device)
+    if settings.precision == "16" and device.type == "cpu":
+        raise InputError("--precision", "16 is not for a CPU", "auto, 32 or bf16")
     if settings.precision != "auto":
         return settings.precision
     return "bf16" if computes_bfloat16(device) else "16" if device.type == "cuda" else "32"

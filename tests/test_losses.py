@@ -107,15 +107,22 @@ def test_half_precision_is_summed_in_single() -> None:
 
 
 @pytest.mark.parametrize(
-    ("levels", "expected"),
-    [(1, [1]), (2, [1, 0]), (3, [2 / 3, 1 / 3, 0]), (4, [4 / 7, 2 / 7, 1 / 7, 0])],
+    ("sizes", "expected"),
+    [
+        ([(8, 8)], [1]),
+        ([(8, 8), (4, 4)], [1, 0]),
+        ([(8, 8), (8, 4), (8, 2)], [2 / 3, 1 / 3, 0]),
+        ([(8, 8), (4, 4), (2, 2), (1, 1)], [4 / 7, 2 / 7, 1 / 7, 0]),
+        ([(8, 8), (8, 8), (4, 4)], [2 / 3, 1 / 3, 0]),
+        ([(8, 8)] * 4, [1 / 4] * 4),  # of nested U-Nets
+    ],
 )
-def test_weights_of_the_levels(levels: int, expected: list[float]) -> None:
-    assert supervision_weights(levels) == pytest.approx(expected)
+def test_weights_of_the_levels(sizes: list[tuple[int, int]], expected: list[float]) -> None:
+    assert supervision_weights(sizes) == pytest.approx(expected)
 
 
 def test_deep_supervision_weighs_each_level_on_labels_of_its_size() -> None:
-    loss = build_loss("dice_ce", batch=False, ignore_index=None, levels=3)
+    loss = build_loss("dice_ce", batch=False, ignore_index=None)
     labels = torch.randint(0, 2, (1, 1, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     levels = [torch.randn(1, 2, n, n, generator=torch.Generator().manual_seed(n)) for n in (8, 4, 2)]
     single = DiceCrossEntropy()
@@ -123,14 +130,25 @@ def test_deep_supervision_weighs_each_level_on_labels_of_its_size() -> None:
     torch.testing.assert_close(loss(levels, labels), expected)
 
 
-def test_one_level_is_the_loss_itself() -> None:
-    loss = build_loss("dice_ce", batch=True, ignore_index=4, levels=1)
-    assert {name: getattr(loss, name) for name in ("batch", "ignore_index")} == {"batch": True, "ignore_index": 4}
+def test_one_level_is_the_loss_itself_in_a_list_or_not() -> None:
+    """A network of two stages gives a list of one."""
+    logits, labels = drawn(7, ignore=3)
+    expected = DiceCrossEntropy(batch=True, ignore_index=3)(logits, labels)
+    loss = build_loss("dice_ce", batch=True, ignore_index=3)
+    assert loss(logits, labels) == loss([logits], labels) == expected
+
+
+def test_levels_of_one_size_weigh_the_same() -> None:
+    """As a UNetPlusPlus gives them: the last of them trains its smallest network."""
+    (first, labels), (second, _) = drawn(0), drawn(1)
+    single = DiceCrossEntropy()
+    found = build_loss("dice_ce", batch=False, ignore_index=None)([first, second], labels)
+    torch.testing.assert_close(found, (single(first, labels) + single(second, labels)) / 2)
 
 
 def test_an_unknown_loss_is_refused_and_the_known_are_named() -> None:
     with pytest.raises(PlanError, match=r"plan\.loss: no loss 'mse' \(expected .*tversky"):
-        build_loss("mse", batch=False, ignore_index=None, levels=1)
+        build_loss("mse", batch=False, ignore_index=None)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4, 5), (1, 1, 4, 4), (2, 2, 4, 4)])
@@ -300,7 +318,7 @@ def test_only_the_boundary_loss_wants_maps() -> None:
 
 
 def test_maps_are_sampled_with_the_labels_under_deep_supervision() -> None:
-    loss = build_loss("boundary", batch=False, ignore_index=None, levels=3)
+    loss = build_loss("boundary", batch=False, ignore_index=None)
     _, labels = drawn(2, shape=(8, 8))
     target = with_distances(labels, 3)
     levels = [torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(n)) for n in (8, 4, 2)]
@@ -398,7 +416,7 @@ def test_every_loss_is_taken_in_single_precision(name: str) -> None:
 @pytest.mark.parametrize("ignore", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_deep_supervision_of_every_loss_takes_the_nearest_labels(name: str, ignore: int | None) -> None:
-    loss = build_loss(name, batch=True, ignore_index=ignore, levels=3)
+    loss = build_loss(name, batch=True, ignore_index=ignore)
     _, labels = drawn(6, shape=(8, 8), ignore=ignore)
     levels = [torch.randn(2, 3, n, n, generator=torch.Generator().manual_seed(n)) for n in (8, 4, 2)]
     single = loss_of(name, batch=True, ignore_index=ignore)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,11 @@ class Stage(NamedTuple):
     stride: tuple[int, ...]
     convs: int
 
+    @property
+    def ones(self) -> tuple[int, ...]:
+        """The step of what stays on the stage's grid."""
+        return (1,) * len(self.stride)
+
 
 def stages_of(
     spatial_dims: int,
@@ -37,13 +42,15 @@ def stages_of(
     """The stages of a network, highest resolution first; kernels of 3 and steps of 2 where none are given.
 
     Raises:
-        ValueError: not one kernel, stride and number of convolutions a stage, fewer than two stages, a first stride
-            that is not 1, an even kernel, or a size with a wrong number of axes.
+        ValueError: other than 2 or 3 axes, not one kernel, stride and number of convolutions a stage, fewer than two
+            stages, a first stride that is not 1, an even kernel, or a size with a wrong number of axes.
     """
+    if spatial_dims not in (2, 3):
+        raise ValueError(f"spatial_dims must be 2 or 3; got {spatial_dims}")
     count = len(features)
     kernels = [_per_axis(k, spatial_dims) for k in (kernel_sizes or [3] * count)]
     steps = [_per_axis(s, spatial_dims) for s in (strides or [1] + [2] * (count - 1))]
-    convs = [convs_per_stage] * count if isinstance(convs_per_stage, int) else list(convs_per_stage)
+    convs = list(convs_per_stage) if isinstance(convs_per_stage, Iterable) else [convs_per_stage] * count
     if not len(kernels) == len(steps) == len(convs) == count >= 2:
         raise ValueError(
             "features, kernel_sizes, strides and convs_per_stage need one entry a stage, and two stages at least; "
@@ -55,7 +62,7 @@ def stages_of(
 
 
 def _per_axis(size: Sizes, spatial_dims: int) -> tuple[int, ...]:
-    axes = (size,) * spatial_dims if isinstance(size, int) else tuple(size)
+    axes = tuple(map(int, size)) if isinstance(size, Iterable) else (int(size),) * spatial_dims
     if len(axes) != spatial_dims:
         raise ValueError(f"a size for {spatial_dims} axes is needed; got {size}")
     return axes
@@ -118,20 +125,23 @@ def conv_stage(conv: Callable[..., nn.Module], channels: int, stage: Stage) -> n
         conv: ``(in_channels, out_channels, kernel, stride)`` to a block.
         channels: of the input.
         stage: says the rest.
+
+    Raises:
+        ValueError: no convolution at all.
     """
-    ones = (1,) * len(stage.stride)
+    if stage.convs < 1:
+        raise ValueError(f"convs_per_stage and decoder_convs must be 1 at least; got {stage.convs}")
     first = conv(channels, stage.features, stage.kernel, stage.stride)
-    more = (conv(stage.features, stage.features, stage.kernel, ones) for _ in range(stage.convs - 1))
+    more = (conv(stage.features, stage.features, stage.kernel, stage.ones) for _ in range(stage.convs - 1))
     return nn.Sequential(first, *more)
 
 
 def pooled_stage(conv: Callable[..., nn.Module], channels: int, stage: Stage) -> nn.Sequential:
     """As ``conv_stage``, with the step taken by max-pooling before the convolutions."""
-    ones = (1,) * len(stage.stride)
-    convs = conv_stage(conv, channels, stage._replace(stride=ones))
-    if stage.stride == ones:
+    convs = conv_stage(conv, channels, stage._replace(stride=stage.ones))
+    if stage.stride == stage.ones:
         return convs
-    pool = nn.MaxPool2d if len(ones) == 2 else nn.MaxPool3d
+    pool = nn.MaxPool2d if len(stage.stride) == 2 else nn.MaxPool3d
     return nn.Sequential(pool(stage.stride, stage.stride), *convs)
 
 
@@ -219,8 +229,8 @@ def arranged(x: Tensor) -> Tensor:
     if not _on_eager_cpu(x):
         return x
     # Not x.contiguous(memory_format=...): it leaves an image of one channel as it is, and so all layers after it.
-    form = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    return torch.empty_like(x, memory_format=form).copy_(x)
+    last = torch.empty_like(x, memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    return x if x.stride() == last.stride() else last.copy_(x)
 
 
 def normalised(norm: nn.Module, x: Tensor) -> Tensor:

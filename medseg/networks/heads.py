@@ -29,10 +29,9 @@ class CellHead(nn.Module):
     def __init__(self, conv: Callable[..., ConvBlock], level: Stage, classes: int) -> None:
         super().__init__()
         plain = convolution(len(level.kernel))
-        ones = (1,) * len(level.kernel)
         self.classes = plain(level.features, classes - 1, 1)
         self.boundary = nn.Sequential(
-            conv(level.features, level.features, level.kernel, ones), plain(level.features, 1, 1)
+            conv(level.features, level.features, level.kernel, level.ones), plain(level.features, 1, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,10 +79,9 @@ class SatelliteSegmenter(UNet):
     def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: int) -> None:
         super()._build_decoder(conv, stages, convs)
         first = stages[0]
-        ones = (1,) * self.spatial_dims
         plain = convolution(self.spatial_dims)
         self.projections = nn.ModuleList(plain(stage.features, first.features, 1) for stage in stages[:-1])
-        self.fusion = conv(first.features, first.features, first.kernel, ones)
+        self.fusion = conv(first.features, first.features, first.kernel, first.ones)
 
     def decode(self, skips: Sequence[Tensor]) -> list[Tensor]:
         """Features of every decoder stage, highest resolution first, the sum of all in place of the first."""

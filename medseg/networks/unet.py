@@ -49,8 +49,9 @@ class UNet(nn.Module):
 
     Input (N, in_channels, *spatial) of any spatial size; it is padded with zeros to a multiple of the strides inside
     (to two of them along the last axis where the lowest stage would be one voxel, which no norm can scale), and cropped
-    back. Output: logits (N, out_channels, *spatial); in training with deep supervision a list of logits,
-    one for each decoder stage, highest resolution first, where a lower stage has the padded size over its strides.
+    back. Output: logits (N, out_channels, *spatial); in training with deep supervision a list of logits, one for each
+    decoder stage, highest resolution first, a lower one of the input's size over its strides, rounded up. In
+    evaluation the logits of a MetaTensor are one too, with its metadata; in training they are plain.
 
     The siblings in this package are subclasses that change one of its steps.
 
@@ -146,10 +147,9 @@ class UNet(nn.Module):
     def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: int) -> None:
         """The modules of the decoder, highest resolution first."""
         self.upsample, self.decoder = nn.ModuleList(), nn.ModuleList()
-        ones = (1,) * self.spatial_dims
         for high, low in itertools.pairwise(stages):
             self.upsample.append(transposed(self.spatial_dims)(low.features, high.features, low.stride, low.stride))
-            self.decoder.append(conv_stage(conv, 2 * high.features, high._replace(stride=ones, convs=convs)))
+            self.decoder.append(conv_stage(conv, 2 * high.features, high._replace(stride=high.ones, convs=convs)))
 
     def _levels(self, stages: Sequence[Stage]) -> list[Stage]:
         """The stages whose features ``decode`` returns, in its order."""
@@ -163,9 +163,12 @@ class UNet(nn.Module):
         size = x.shape[2:]
         levels = self.decode(self.encode(x))
         if self.training and self.deep_supervision:
-            first, *lower = [head(level) for head, level in zip(self.heads, levels, strict=True)]
-            return [cropped(first, size), *lower]
-        return cropped(self.heads[0](levels[0]), size)
+            whole = levels[0].shape[2:]
+            return [_unpadded(head(level), size, whole) for head, level in zip(self.heads, levels, strict=True)]
+        logits = cropped(self.heads[0](levels[0]), size)
+        if isinstance(x, MetaTensor) and not self.training:
+            logits = MetaTensor(logits).copy_meta_from(x)  # type: ignore[no-untyped-call]
+        return logits
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of every encoder stage, highest resolution first, of the input padded to a multiple of strides."""
@@ -197,3 +200,8 @@ class UNet(nn.Module):
             return again
         result: Tensor = stage(x)
         return result
+
+
+def _unpadded(x: Tensor, size: Sequence[int], whole: Sequence[int]) -> Tensor:
+    """A level without the padding of an image of this size to ``whole``: the size over the strides, rounded up."""
+    return cropped(x, [-(-n * m // w) for n, m, w in zip(size, x.shape[2:], whole, strict=True)])

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from medseg.networks.blocks import ConvBlock, Stage, conv_stage, cropped, transposed
+from medseg.networks.blocks import ConvBlock, Stage, conv_stage, transposed
 from medseg.networks.unet import UNet
 
 
@@ -22,15 +22,14 @@ class UNetPlusPlus(UNet):
     """Nested U-Nets of every depth that share their encoder.
 
     Shapes, arguments and errors as ``UNet``, but that all logits of deep supervision have the size of the input: those
-    of the nodes (0, L) to (0, 1), deepest first. (Weights that leave out the last level, as those of
-    ``medseg.losses``, leave ``pruned(1)`` untrained.)
+    of the nodes (0, L) to (0, 1), deepest first. What is to be ``pruned`` has to be trained with it, with a weight for
+    every level, as by ``medseg.losses``.
     """
 
     def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: int) -> None:
         """Modules by column, within it highest resolution first."""
         self.upsample, self.decoder = nn.ModuleList(), nn.ModuleList()
         pairs = list(itertools.pairwise(stages))
-        ones = (1,) * self.spatial_dims
         up = transposed(self.spatial_dims)
         for column in range(1, len(stages)):
             rows = pairs[: len(stages) - column]
@@ -39,20 +38,13 @@ class UNetPlusPlus(UNet):
             )
             self.decoder.append(
                 nn.ModuleList(
-                    conv_stage(conv, (column + 1) * high.features, high._replace(stride=ones, convs=convs))
+                    conv_stage(conv, (column + 1) * high.features, high._replace(stride=high.ones, convs=convs))
                     for high, _ in rows
                 )
             )
 
     def _levels(self, stages: Sequence[Stage]) -> list[Stage]:
         return [stages[0]] * (len(stages) - 1)
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Logits of a batch; see the class for shapes."""
-        result = super().forward(x)
-        if isinstance(result, list):
-            return [cropped(logits, x.shape[2:]) for logits in result]
-        return result
 
     def decode(self, skips: Sequence[Tensor]) -> list[Tensor]:
         """Features of the nodes of the highest level, deepest first."""

@@ -16,12 +16,13 @@ import pytest
 import safetensors.torch
 import torch
 from monai.bundle import verify_net_in_out
-from monai.data import MetaTensor
+from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.inferers import SlidingWindowInferer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from medseg.losses import build_loss
+from medseg.losses import LOSSES, Loss, build_loss
 from medseg.networks import ARCHITECTURES
 
 CLASSES = 3
@@ -33,10 +34,14 @@ every_network = pytest.mark.parametrize(("name", "dims"), EVERY)
 def made(name: str, dims: int, in_channels: int = 1, **more: Any) -> nn.Module:
     """A tiny network of three stages with kernels and strides of an anisotropic plan."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"kernel_sizes": (3, 3, 3), "strides": (1, 2, (1, 2))}
+    sizes: dict[str, Any] = {"features": (4, 6, 8), "kernel_sizes": (3, 3, 3), "strides": (1, 2, (1, 2))}
     if dims == 3:
-        sizes = {"kernel_sizes": ((1, 3, 3), 3, 3), "strides": (1, (1, 2, 2), 2)}
-    return ARCHITECTURES[name](dims, in_channels, CLASSES, features=(4, 6, 8), **{**sizes, **more})
+        sizes |= {"kernel_sizes": ((1, 3, 3), 3, 3), "strides": (1, (1, 2, 2), 2)}
+    return ARCHITECTURES[name](dims, in_channels, CLASSES, **{**sizes, **more})
+
+
+def shapes_of(levels: list[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(level.shape) for level in levels]
 
 
 def image(dims: int, channels: int = 1, kind: str = "odd", batch: int = 2) -> Tensor:
@@ -82,10 +87,9 @@ def test_any_size_any_channels(name: str, dims: int, kind: str, channels: int, s
     result = network.train()(x)
     assert isinstance(result, list) == supervised
     levels = result if supervised else [result]
-    assert len(levels) == (2 if supervised else 1)
-    assert levels[0].shape == whole
-    voxels = [level[0, 0].numel() for level in levels]
-    assert voxels == sorted(voxels, reverse=True)
+    lower = [-(-n // step) for n, step in zip(x.shape[2:], (2, 2) if dims == 2 else (1, 2, 2), strict=True)]
+    second = whole if name == "unet_plus_plus" else (2, CLASSES, *lower)
+    assert shapes_of(levels) == ([whole, second] if supervised else [whole])
     assert all(level.isfinite().all() for level in levels)
     # every parameter learns
     gradients = gradients_of(network, x)
@@ -145,7 +149,8 @@ def test_sliding_window_of_monai(name: str, dims: int) -> None:
 
 @every_network
 def test_deep_supervision_loss_of_monai(name: str, dims: int) -> None:
-    network = made(name, dims, deep_supervision=True).train()
+    sizes = {"features": (4, 6, 8, 8), "kernel_sizes": None, "strides": None}  # four stages, so three levels
+    network = made(name, dims, deep_supervision=True, **sizes).train()
     x = image(dims)
     labels = torch.randint(0, CLASSES, (2, 1, *x.shape[2:])).float()
     levels = network(x)
@@ -153,8 +158,12 @@ def test_deep_supervision_loss_of_monai(name: str, dims: int) -> None:
     loss = DeepSupervisionLoss(single, weight_mode="exp")(levels, labels)
     loss.backward()
     assert loss.item() > single(levels[0], labels).item() * 0.99  # the first level has the weight 1
-    ours = build_loss("dice_ce", batch=False, ignore_index=None, levels=2)(levels, labels)
-    assert ours.isfinite()
+    found = build_loss("dice_ce", batch=False, ignore_index=None)(levels, labels)
+    weights = (1 / 3, 1 / 3, 1 / 3) if name == "unet_plus_plus" else (2 / 3, 1 / 3, 0)
+    ours = Loss(LOSSES["dice_ce"])
+    targets = [F.interpolate(labels, level.shape[2:], mode="nearest-exact") for level in levels]
+    parts = [w * ours(level, target) for w, level, target in zip(weights, levels, targets, strict=True)]
+    torch.testing.assert_close(found, parts[0] + parts[1] + parts[2])
 
 
 @every_network
@@ -164,7 +173,21 @@ def test_a_tensor_of_monai_is_as_good_as_any(name: str, dims: int) -> None:
     expected, found = gradients_of(network, x), gradients_of(network, MetaTensor(x))
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, msg=key)
-    assert torch.equal(logits_of(network, MetaTensor(x)), logits_of(network, x))
+    affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    logits = logits_of(network, MetaTensor(x, affine=affine, meta={"filename_or_obj": "scan.nii.gz"}))
+    assert torch.equal(logits, logits_of(network, x))
+    assert isinstance(logits, MetaTensor)
+    assert torch.equal(logits.affine, affine)
+    assert logits.meta["filename_or_obj"] == "scan.nii.gz"
+    assert type(logits_of(network, x)) is Tensor
+
+
+@every_network
+def test_a_batch_of_monais_loader_is_taken_apart_with_its_metadata(name: str, dims: int) -> None:
+    affines = [torch.diag(torch.tensor([n, n, n, 1.0], dtype=torch.float64)) for n in (2.0, 3.0)]
+    images = [MetaTensor(x, affine=affine) for x, affine in zip(image(dims), affines, strict=True)]
+    logits = logits_of(made(name, dims), list_data_collate(images))
+    assert all(torch.equal(one.affine, affine) for one, affine in zip(decollate_batch(logits), affines, strict=True))
 
 
 @every_network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from medseg.networks.blocks import (
     ConvBlock,
     Stage,
+    arranged,
     conv_stage,
     cropped,
     divisor_of,
@@ -52,6 +54,15 @@ def test_stages_from_short_forms() -> None:
     assert divisor_of(found) == (2, 4, 4)
 
 
+def test_integers_of_numpy_are_sizes() -> None:
+    sizes = np.array([[1, 1], [1, 2]])
+    assert stages_of(2, (4, 8), [np.int64(3)] * 2, list(sizes), np.array([1, 2])) == [  # type: ignore[list-item,arg-type]
+        Stage(4, (3, 3), (1, 1), 1),
+        Stage(8, (3, 3), (1, 2), 2),
+    ]
+    assert stages_of(2, (4, 8), None, None, np.int64(2)) == stages_of(2, (4, 8), None, None, 2)  # type: ignore[arg-type]
+
+
 def test_a_step_by_stride_or_by_pooling() -> None:
     def conv(inputs: int, outputs: int, kernel: Any, stride: Any) -> nn.Module:
         return ConvBlock(2, inputs, outputs, kernel, stride)
@@ -63,6 +74,21 @@ def test_a_step_by_stride_or_by_pooling() -> None:
     assert pooled[0].kernel_size == pooled[0].stride == (2, 1)
     assert pooled(torch.zeros(1, 1, 8, 8)).shape == strided(torch.zeros(1, 1, 8, 8)).shape == (1, 2, 4, 8)
     assert len(pooled_stage(conv, 1, Stage(2, (3, 3), (1, 1), 2))) == 2
+
+
+# ---- memory format
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(4, 6), (4, 6, 5)])
+def test_an_image_is_arranged_once(size: tuple[int, ...], channels: int) -> None:
+    """By its strides: one of a single channel is contiguous in both formats, whatever these say."""
+    x = torch.randn(2, channels, *size)
+    last = arranged(x)
+    assert torch.equal(last, x)
+    assert last.stride(1) == 1
+    assert last.stride(-1) == channels
+    assert arranged(last) is last
 
 
 # ---- instance norm

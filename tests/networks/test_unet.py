@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from typing import Any
 
 import pytest
@@ -44,6 +45,17 @@ def test_any_size_goes_in_and_comes_out(size: tuple[int, ...], channels: int, cl
     assert isinstance(trained, list) == supervised
     highest = trained[0] if supervised else trained
     assert highest.shape == (2, classes, *size)
+
+
+@settings(max_examples=40)
+@given(st.tuples(st.integers(1, 13), st.integers(1, 13), st.integers(1, 13)))
+def test_lower_levels_are_without_the_padding(size: tuple[int, ...]) -> None:
+    """As long as the input over the strides, rounded up, so that labels of the input's size are as far as they."""
+    network = unet(3, features=(2, 2, 2, 2), strides=(1, (1, 2, 3), 2, 2), deep_supervision=True).train()
+    levels = network(torch.randn(1, 1, *size))
+    steps = ((1, 1, 1), (1, 2, 3), (2, 4, 6))
+    expected = [tuple(math.ceil(n / s) for n, s in zip(size, step, strict=True)) for step in steps]
+    assert [tuple(level.shape[2:]) for level in levels] == expected
 
 
 def test_levels_of_deep_supervision_come_highest_resolution_first() -> None:
@@ -221,6 +233,11 @@ def test_initialised_as_he_et_al_say() -> None:
         ({"kernel_sizes": (3, 3, (3, 3, 3))}, "2 axes"),
         ({"kernel_sizes": (3, 3, 2)}, "kernels odd"),
         ({"strides": (2, 2, 2)}, "first stride must be 1"),
+        ({"dims": 1}, "spatial_dims must be 2 or 3; got 1"),
+        ({"dims": 4}, "spatial_dims must be 2 or 3; got 4"),
+        ({"convs_per_stage": 0}, "1 at least; got 0"),
+        ({"convs_per_stage": (2, 2, 0)}, "1 at least; got 0"),
+        ({"decoder_convs": 0}, "1 at least; got 0"),
     ],
 )
 def test_impossible_sizes_are_refused(arguments: dict[str, Any], words: str) -> None:
