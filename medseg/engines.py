@@ -31,7 +31,7 @@ def choose_device(name: str) -> torch.device:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 in hardware: then training in it is nearly twice as fast as in float32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.get_device_capability(device)[0] >= 8  # NVIDIA Ampere; older ones emulate it
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch 2.8 cannot tell
         return False
     able = torch.cpu.get_capabilities()

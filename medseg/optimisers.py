@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -135,25 +136,30 @@ def _step(done: float) -> float:
 SCHEDULES: dict[str, Callable[[float], float]] = {"poly": _poly, "cosine": _cosine, "linear": _linear, "step": _step}
 """Fraction of the budget that is done (0 to 1) -> fraction of the learning rate; ``plateau`` looks at the losses."""
 
+PLATEAU_ROWS = 4
+"""Losses whose mean a plateau looks at: of the 80 rows of a log, so 20 looks, each at a twentieth of the budget."""
 PLATEAU_PATIENCE = 5
-"""Losses without gain that a plateau takes; the next one makes the learning rate a tenth."""
+"""Looks without gain that a plateau takes; the next one makes the learning rate a tenth: at most three in a budget."""
 _PLATEAU_GAIN = 1e-4  # relative; smaller gains are none
+_PLATEAU_FLOOR = 1e-3
 
 
 def plateau_factor(losses: Sequence[float]) -> float:
-    """Fraction of the learning rate after these losses: a tenth for each time that they stopped falling.
+    """Fraction of the learning rate after these losses: a tenth for each time that they stopped falling, 1e-3 at least.
 
-    The rule of torch's ReduceLROnPlateau (factor 0.1, patience 5, other settings its defaults) as a function of all
-    losses so far, the oldest first, so that a training that goes on has nothing to remember but its log. 1 for none.
+    The rule of torch's ReduceLROnPlateau (factor 0.1, patience 5, other settings its defaults) on the means of each
+    ``PLATEAU_ROWS`` losses, as one row of a short training is a few noisy batches. A function of all losses so far, the
+    oldest first, so that a training that goes on has nothing to remember but its log. 1 for none.
     """
     factor, best, without_gain = 1.0, math.inf, 0
-    for loss in losses:
+    for end in range(PLATEAU_ROWS, len(losses) + 1, PLATEAU_ROWS):
+        loss = fmean(losses[end - PLATEAU_ROWS : end])
         if loss < best * (1 - _PLATEAU_GAIN):
             best, without_gain = loss, 0
         else:
             without_gain += 1
         if without_gain > PLATEAU_PATIENCE:
-            factor, without_gain = factor * 0.1, 0
+            factor, without_gain = max(factor * 0.1, _PLATEAU_FLOOR), 0
     return factor
 
 
@@ -164,7 +170,8 @@ def learning_rate_factor(plan: TrainingPlan, iteration: int, done: float, losses
         plan: with schedule and warm-up.
         iteration: steps done.
         done: part of the budget that is spent, 0 to 1.
-        losses: mean training losses of even parts of the budget, the oldest first; for ``plateau``.
+        losses: mean training losses of even parts of the budget (the rows of the log), the oldest first; for
+            ``plateau``.
     """
     warm = min(1.0, (iteration + 1) / plan.warmup) if plan.warmup else 1.0
     if plan.schedule == "plateau":

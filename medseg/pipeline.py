@@ -33,7 +33,7 @@ from medseg.predict import Predictor, PredictSettings, mask_name, predict_cases
 from medseg.progress import Progress, silent
 from medseg.records import Record, digest_file, digest_of, read_json, remove_leftovers, write_json, write_text
 from medseg.report import markdown_summary, save_curve
-from medseg.train import LOG, WEIGHTS, Job, TrainSettings, train_fold
+from medseg.train import LOG, WEIGHTS, Job, TrainSettings, precision_of, refuse_impossible, train_fold
 from medseg.volume import Labels
 
 log = logging.getLogger(__name__)
@@ -98,11 +98,11 @@ def run(
         PlanError: an override or the configuration is impossible.
         TrainingError: training cannot go on.
         InputError: another run is writing to ``out``, or nothing can be written there; a fold or the device that does
-            not exist; a region of an unknown label.
+            not exist, or a precision that it does not have; a region of an unknown label.
     """
     out = Path(out)
     settings = train or TrainSettings()
-    choose_device(settings.device)  # refused now rather than after checking gigabytes
+    precision_of(settings)  # what the device cannot do is refused now rather than after checking gigabytes
     data = Dataset.open(Path(dataset))
     scored = _with_regions(data.labels, regions or {})
     with writing_to(out):
@@ -167,7 +167,7 @@ def plan_station(
         progress: told how far the measuring is.
 
     Raises:
-        PlanError: an impossible setting, or no such configuration.
+        PlanError: an impossible setting, or no such configuration, network or loss.
         InputError: no device has this name.
     """
     key = digest_of(["fingerprint", medseg.__version__, data.digest()])
@@ -179,7 +179,7 @@ def plan_station(
     plan, messages = override_plan(plan, overrides, name)
     for message in messages:
         log.warning("plan: %s", message)
-    plan.configuration(name)
+    refuse_impossible(plan, name)
     path = out / "plan.json"
     if _written_plan(path) != plan:
         if _is_edited(path):
@@ -244,8 +244,16 @@ def train_station(
     settings: TrainSettings,
     progress: Progress = silent,
 ) -> dict[int, FoldRecord]:
-    """Prepare the cases, train each chosen fold, and put all of them into ``out/package``; configuration as ``run``."""
+    """Prepare the cases, train each chosen fold, and put all of them into ``out/package``; configuration as ``run``.
+
+    Raises:
+        PlanError: no such configuration, network or loss; then nothing is prepared.
+        InputError: the device does not exist, or cannot train in the precision; likewise.
+        TrainingError: training cannot go on.
+    """
     name = configuration or _usual(plan)
+    precision_of(settings)
+    refuse_impossible(plan, name)
     prepared = {c.id: c for c in prepare_cases(data, plan, name, out / "prepared" / name, progress)}
     records, weights = {}, {}
     for number, fold in chosen.items():

@@ -120,7 +120,8 @@ class TrainingPlan(Record):
             of its own) or ``muon`` (orthogonalised momentum for the kernels, AdamW for the rest).
         learning_rate, weight_decay, momentum: of that optimiser; ``momentum`` is the first beta of Adam and AdamW.
         schedule: ``poly`` (power 0.9), ``cosine`` or ``linear`` to zero over the budget; ``step``, a tenth after each
-            third of it; ``plateau``, a tenth where the training loss no longer falls.
+            third of it; ``plateau``, a tenth, at most three times, where the mean training loss of a twentieth of the
+            budget has not fallen for five of them.
         warmup: iterations of linear warm-up.
         gradient_clip: largest norm of the gradient.
         average: decay of the running average of the weights that is shipped; 0 ships the last weights.

@@ -58,3 +58,14 @@ def test_bfloat16_where_the_processor_has_it(
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.8
     assert not computes_bfloat16(torch.device("cpu"))
     assert not computes_bfloat16(torch.device("mps"))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_bfloat16_where_the_asked_for_gpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+) -> None:
+    """Of two cards: not what the current one has."""
+    cards = {0: (8, 6) if not expected else (7, 0), 1: capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[torch.device(device).index])
+    assert computes_bfloat16(torch.device("cuda", 1)) == expected
+    assert computes_bfloat16(torch.device("cuda", 0)) != expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from statistics import fmean
 from typing import Any, Literal
 
 import pytest
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from medseg.networks import UNet
 from medseg.optimisers import (
     ADAM_LEARNING_RATE,
+    PLATEAU_ROWS,
     Muon,
     build_optimiser,
     learning_rate_factor,
@@ -24,6 +26,7 @@ from medseg.optimisers import (
     plateau_factor,
 )
 from medseg.plan import TrainingPlan
+from medseg.train import LOG_ROWS
 
 Name = Literal["sgd", "adam", "adamw", "muon"]
 
@@ -209,26 +212,48 @@ def test_warm_up_by_hand() -> None:
     assert math.isclose(learning_rate_factor(TrainingPlan(schedule="linear"), 0, 0.0), 1.0)
 
 
+def rows_of(*looks: float) -> list[float]:
+    """Losses of a log of which each four rows have this mean."""
+    return [loss for look in looks for loss in (look, look + 0.5, look - 0.25, look - 0.25)]
+
+
 def test_a_plateau_by_hand() -> None:
-    """Five losses without gain are taken, the sixth is too many, and a gain starts the count anew."""
-    falling = [3.0, 2.0, 1.0]
-    assert plateau_factor([]) == plateau_factor(falling) == plateau_factor([*falling, *[1.0] * 5]) == 1
-    assert plateau_factor([*falling, *[1.0] * 6]) == plateau_factor([*falling, *[1.0] * 11]) == pytest.approx(0.1)
-    assert plateau_factor([*falling, *[1.0] * 12]) == pytest.approx(0.01)
-    assert plateau_factor([*falling, *[1.0] * 5, 0.5, *[1.0] * 5]) == 1
-    assert plateau_factor([1 - n * 1e-5 for n in range(7)]) == pytest.approx(0.1), "a gain of a hundred-thousandth"
+    """Five looks without gain are taken, the sixth is too many, and a gain starts the count anew."""
+    falling, flat = (3.0, 2.0, 1.0), (1.0,)
+    for enough in ((), falling, (*falling, *flat * 5), (*falling, *flat * 5, 0.5, *flat * 5)):
+        assert plateau_factor(rows_of(*enough)) == 1
+    assert plateau_factor(rows_of(*falling, *flat * 6)) == pytest.approx(0.1)
+    assert plateau_factor(rows_of(*falling, *flat * 11)) == pytest.approx(0.1)
+    assert plateau_factor(rows_of(*falling, *flat * 12)) == pytest.approx(0.01)
+    assert plateau_factor(rows_of(*falling, *flat * 6)[:-1]) == 1, "a look takes four rows"
+    assert plateau_factor(rows_of(*(1 - n * 1e-5 for n in range(7)))) == pytest.approx(0.1), "gains of 1e-5 are none"
+    assert plateau_factor(rows_of(*flat * 99)) == 1e-3
 
 
-@given(st.lists(st.floats(-2, 2) | st.sampled_from([0.5, 0.49999, 0.4]), max_size=80))
-def test_a_plateau_is_torchs(losses: list[float]) -> None:
+def test_a_whole_log_has_twenty_looks_and_falls_three_times_at_most() -> None:
+    factors = [plateau_factor([1.0] * rows) for rows in range(LOG_ROWS + 1)]
+    falls = [rows for rows in range(1, LOG_ROWS + 1) if factors[rows] < factors[rows - 1]]
+    assert falls == [28, 52, 76], "at the looks 7, 13 and 19"
+    assert LOG_ROWS / PLATEAU_ROWS == 20
+
+
+def test_a_few_noisy_batches_are_no_plateau() -> None:
+    """A loss that falls by a quarter over 80 steps, under noise of as much."""
+    noise = [0.25 * (-1) ** n for n in range(80)]
+    losses = [1 - 0.25 * n / 80 + noise[n] for n in range(80)]
+    assert plateau_factor(losses) == 1
+
+
+@given(st.lists(st.floats(-2, 2) | st.sampled_from([0.5, 0.49999, 0.4]), max_size=160))
+def test_a_plateau_is_torchs_on_the_means(losses: list[float]) -> None:
     optimiser = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = ReduceLROnPlateau(optimiser, factor=0.1, patience=5, eps=0)
-    for loss in losses:
-        theirs.step(loss)
+    theirs = ReduceLROnPlateau(optimiser, factor=0.1, patience=5, min_lr=1e-3, eps=0)
+    for end in range(4, len(losses) + 1, 4):
+        theirs.step(fmean(losses[end - 4 : end]))
     assert plateau_factor(losses) == pytest.approx(optimiser.param_groups[0]["lr"])
 
 
 def test_the_rate_on_a_plateau_follows_the_losses_and_the_warm_up() -> None:
     plan = TrainingPlan(schedule="plateau", warmup=4)
-    assert learning_rate_factor(plan, 1, 0.9, [1.0] * 7) == pytest.approx(0.5 * 0.1)
+    assert learning_rate_factor(plan, 1, 0.9, [1.0] * 28) == pytest.approx(0.5 * 0.1)
     assert learning_rate_factor(plan, 100, 0.9) == 1

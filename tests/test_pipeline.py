@@ -28,8 +28,12 @@ from medseg import patches, pipeline, records, train
 from medseg.dataset import Dataset
 from medseg.errors import DatasetError, InputError, MedsegError, PlanError
 from medseg.io import read_mask, read_volume
-from medseg.pipeline import RunResult, plan_station, run
+from medseg.networks import ARCHITECTURES
+from medseg.package import load_package
+from medseg.phantom import make_dataset
+from medseg.pipeline import RunResult, plan_station, run, train_station
 from medseg.plan import Plan
+from medseg.planning import override_plan
 from medseg.records import TEMPORARY_PREFIX
 from medseg.train import TrainSettings
 
@@ -175,6 +179,18 @@ def test_masks_lie_on_their_images(tiny_run: RunResult, phantom_dataset: Path) -
         assert mask.shape == image.shape
         assert np.array_equal(mask.affine, image.affine)
         assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1, 5}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_goes_the_whole_way(
+    name: str, phantom_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    overrides = (*tiny_overrides, f"plan.network.name={name}", "plan.features=[4,6,8]", "plan.deep_supervision=true")
+    result = run(phantom_dataset, tmp_path, train=TrainSettings(iterations=2, device="cpu"), overrides=overrides)
+    assert type(load_package(result.package).networks()[0]) is ARCHITECTURES[name]
+    assert result.evaluation.failed == {}
+    assert result.evaluation.mean.dice is not None
+    assert len(list((tmp_path / "predictions" / "fold_0").glob("*.nii.gz"))) == 2
 
 
 def test_all_folds(phantom_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path: Path) -> None:
@@ -330,6 +346,47 @@ def test_bad_cases_are_skipped_and_named(copy: Path, tiny_overrides: tuple[str, 
     assert f"left out 1 of 6 cases: {BAD}" in (out / "log.txt").read_text()
     assert BAD not in (out / "folds.json").read_text()
     assert not list((out / "prepared").rglob(f"{BAD}*"))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("plan.network.name=unnet", "plan.network.name: no architecture 'unnet' .expected unet or"),
+        ("plan.loss=dise", "plan.loss: no loss 'dise' .expected dice or"),
+        ("plan.network.name=cell_segmenter", "3 out_channels at least are needed .* got 2"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_anything_is_prepared(
+    override: str,
+    words: str,
+    two_classes: Path,
+    tiny_overrides: tuple[str, ...],
+    tmp_path: Path,
+    calls: Counter[str],
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        run(two_classes, tmp_path / "run", train=SETTINGS, overrides=(*tiny_overrides, override))
+    assert not (tmp_path / "run" / "plan.json").exists()
+    # and by `medseg train`, for which a plan may be edited by hand
+    data = Dataset.open(two_classes)
+    plan = override_plan(plan_station(data, tmp_path, "cpu"), [override], "3d_fullres")[0]
+    with pytest.raises(PlanError, match=words):
+        train_station(data, plan, None, {0: data.folds()[0]}, tmp_path, SETTINGS)
+    assert not {"prepare", "loop"} & calls.keys()
+    assert not list(tmp_path.rglob("prepared"))
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phantom of background and one organ."""
+    folder = tmp_path_factory.mktemp("two_classes")
+    return make_dataset(folder, cases=5, test_cases=0, shape=(20, 20, 10), labels={"organ": 1})
+
+
+def test_a_precision_that_the_device_lacks_is_refused_first(phantom_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="16 is not for a CPU"):
+        run(phantom_dataset, tmp_path / "out", train=TrainSettings(device="cpu", precision="16"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_runs_in_one_folder(

@@ -147,6 +147,8 @@ def test_interrupted_training_on_a_plateau_with_accumulation_gives_the_same_weig
 ) -> None:
     """The plateau knows of the losses before the interruption: the learning rate falls at the same steps."""
     monkeypatch.setattr(optimisers, "PLATEAU_PATIENCE", 0)
+    monkeypatch.setattr(optimisers, "PLATEAU_ROWS", 2)
+    monkeypatch.setattr(optimisers, "_PLATEAU_GAIN", 0.5)  # no look halves the loss
     job = planned(chosen(tiny_job, iterations=8, accumulate=2), schedule="plateau", loss="boundary", warmup=0)
     whole = trained(job, tmp_path / "whole")
     assert trained(job, tmp_path / "broken", 3, 6) == whole
@@ -157,6 +159,25 @@ def test_interrupted_training_on_a_plateau_with_accumulation_gives_the_same_weig
     expected = [job.setup.training.learning_rate * optimisers.plateau_factor(losses[:n]) for n in range(8)]
     assert rates == pytest.approx(expected)
     assert rates[-1] < rates[0], "it did fall"
+
+
+def test_interrupted_training_with_dropout_gives_the_same_weights(
+    tiny_job: Job, saving: list[int], tmp_path: Path
+) -> None:
+    """What is left out in a step does not depend on what was drawn before it, in this training or another."""
+    job = planned(chosen(tiny_job, iterations=6, accumulate=2), dropout=0.2)
+    whole = trained(job, tmp_path / "whole")
+    assert trained(job, tmp_path / "broken", 2, 5) == whole
+    assert saving == [0, 0, 1, 4]
+    assert trained(planned(job, dropout=0), tmp_path / "without") != whole
+
+
+def test_every_step_leaves_out_others() -> None:
+    drawn = set()
+    for seed, iteration in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        train._seed_dropout(seed, iteration)
+        drawn.add(torch.rand(1).item())
+    assert len(drawn) == 4
 
 
 def test_interrupted_anywhere_and_often(tiny_job: Job, tmp_path: Path) -> None:
@@ -244,6 +265,27 @@ def test_a_checkpoint_of_another_job_or_a_damaged_one_is_not_used(
     assert saving == [0, 0, 0, 0, 0]
 
 
+def test_a_job_is_what_auto_means_on_the_machine(tiny_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a training in bfloat16 would go on in float32 on another processor."""
+    keys = {}
+    for able, precision in ((False, "32"), (True, "bf16")):
+        monkeypatch.setattr(train, "computes_bfloat16", lambda device, able=able: able)
+        keys[precision] = chosen(tiny_job, iterations=4).key
+        assert keys[precision] == chosen(tiny_job, iterations=4, precision=precision).key
+    assert keys["32"] != keys["bf16"]
+    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda", 1))
+    assert chosen(tiny_job, iterations=4, precision="32").key != keys["32"]
+
+
+def test_half_precision_is_not_for_a_cpu(tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fabric would silently train in bfloat16."""
+    settings = TrainSettings(device="cpu", precision="16")
+    with pytest.raises(InputError, match=r"--precision: 16 is not for a CPU \(expected auto, 32 or bf16\)"):
+        train_fold(into(replace(tiny_job, settings=settings), tmp_path))
+    monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda"))
+    assert train.precision_of(settings) == "16"
+
+
 def test_a_finished_training_is_kept_and_a_damaged_result_is_not(tiny_job: Job, tmp_path: Path) -> None:
     job = into(chosen(tiny_job, iterations=2), tmp_path)
     record = train_fold(job)
@@ -324,6 +366,31 @@ def test_every_loss_trains(tiny_job: Job, name: str, tmp_path: Path) -> None:
     train_fold(job)
     before, after = started(job), safetensors.torch.load_file(tmp_path / WEIGHTS)
     assert any((after[key] - before[key]).abs().max() > 1e-6 for key in after)
+
+
+@pytest.mark.parametrize(
+    ("name", "strides", "untrained"),
+    [
+        ("unet", "[[1,1,1],[1,2,2]]", []),  # one level alone, in a list
+        ("unet", "[[1,1,1],[1,2,2],[2,2,2]]", ["heads.1"]),  # the coarsest of several has the weight 0
+        ("unet_plus_plus", "[[1,1,1],[1,2,2],[2,2,2]]", []),
+    ],
+)
+def test_deep_supervision_trains_the_levels(
+    tiny_job: Job, name: str, strides: str, untrained: list[str], tmp_path: Path
+) -> None:
+    job = planned(
+        chosen(tiny_job, iterations=2),
+        **{"network.name": name, "strides": strides, "features": [4, 8, 8][: strides.count("],") + 1]},
+        deep_supervision="true",
+        optimiser="adam",
+        weight_decay=0,
+        average=0,
+    )
+    train_fold(into(job, tmp_path))
+    before, after = started(job), safetensors.torch.load_file(tmp_path / WEIGHTS)
+    heads = {key.rpartition(".")[0] for key in before if key.startswith("heads.")}
+    assert [h for h in sorted(heads) if torch.equal(before[f"{h}.weight"], after[f"{h}.weight"])] == untrained
 
 
 def test_a_loss_that_does_not_exist_is_refused(tiny_job: Job, tmp_path: Path) -> None:
