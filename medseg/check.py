@@ -116,6 +116,8 @@ def _look_at(case: Case, dataset: Dataset) -> tuple[_Look, list[Finding]]:
     faults = _Faults(case, dataset.root)
     parts = [part for file in case.images if (part := faults.read(file, "image"))]
     mask = faults.read(case.label, "label") if case.label else None
+    for warning, name in _oddities([*parts, mask] if mask else parts, faults).items():
+        faults.add("odd", f"{name} {warning}", "check that this is as it should be", unusable=False)
     whole = len(parts) == len(case.images)
     if parts:
         _check_channels(parts, len(dataset.channels) if whole else None, faults)
@@ -132,6 +134,11 @@ def _look_at(case: Case, dataset: Dataset) -> tuple[_Look, list[Finding]]:
     if whole and (measured := _check_intensities(parts, faults)):
         look = replace(look, negative=measured[0], percentile_99=measured[1], content=measured[2])
     return look, list(faults)
+
+
+def _oddities(files: Sequence[Volume], faults: _Faults) -> dict[str, str]:
+    """What readers found odd, each with the first file of which it is true."""
+    return {warning: faults.name(file.paths[0]) for file in reversed(files) for warning in file.warnings}
 
 
 def _check_channels(parts: Sequence[Volume], expected: int | None, faults: _Faults) -> None:

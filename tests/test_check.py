@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from small_datasets import decathlon, image, mask, nnunet, picture, save_picture, write, write_pictures
 
 from medseg.check import check
@@ -195,6 +196,18 @@ def test_faults_of_pictures(tmp_path: Path) -> None:
     ]
     assert '"labels": {"disc": 255}' in findings.of("p1")[0].remedy
     assert "coloured" in findings.of("p3")[0].found
+
+
+def test_what_a_reader_finds_odd_is_told_and_leaves_the_case_usable(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 5)
+    for folder, name in (("imagesTr", "p1_0000"), ("labelsTr", "p1"), ("labelsTr", "p3")):
+        path = tmp_path / folder / f"{name}.png"
+        with Image.open(path) as stored:
+            clear = (1, 2, 3) if stored.mode == "RGB" else 9
+            stored.save(path, transparency=clear)
+    findings = check(Dataset.open(tmp_path))
+    assert [(f.case, f.kind, f.unusable) for f in findings.findings] == [("p1", "odd", False), ("p3", "odd", False)]
+    assert [f.found.split(" names ")[0] for f in findings.findings] == ["imagesTr/p1_0000.png", "labelsTr/p3.png"]
 
 
 def test_a_class_that_no_case_has(tmp_path: Path) -> None:

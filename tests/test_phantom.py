@@ -144,7 +144,9 @@ def test_the_tiles_are_a_sound_dataset_of_six_bands_with_one_scale(land: Path) -
     case = dataset.case("land_002")
     assert case.label is not None
     written, labels = read_volume(case.images[0]), read_mask(case.label)
-    assert written.warnings == labels.warnings == ()
+    (warning,) = written.warnings
+    assert labels.warnings == (warning,)
+    assert "place on the map" in warning
     np.testing.assert_array_equal(written.array, image.array)
     np.testing.assert_array_equal(labels.array, mask.array)
     assert written.geometry == labels.geometry == image.geometry == mask.geometry

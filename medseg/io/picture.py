@@ -12,9 +12,10 @@ An image is what its file shows:
 - alpha: dropped where it is opaque everywhere, else the picture is laid over black, with a warning
 - one transparent colour of a grey or RGB PNG: taken as any other, with a warning
 - PNG of 16-bit colours: read by SimpleITK, as Pillow keeps 8 of the bits; refused where that is not installed
+- GeoTIFF, and a distance of slices (ImageJ, OME): taken as any other, with a warning
 
-A mask is what is stored: palette indices, and 0 for 0 where 0 is white. RGB with equal channels is one channel. Other
-colours, an alpha that is not opaque, and JPEG, which changes values, are refused.
+A mask is what is stored: palette indices, and 0 for 0 where 0 is white, with a warning. RGB with equal channels is one
+channel. Other colours, an alpha that is not opaque, and JPEG and its kin, which change values, are refused.
 
 TIFF axes are those of ``tifffile``'s series: samples and bands (S, C) are channels, and pages of equal size (Z, I, Q)
 the slices K. Anything else of more than one entry, as time (T), is refused, as are two axes of a kind, and pages of
@@ -23,6 +24,7 @@ several sizes that are no pyramid (of which the first level is read). CMYK, Lab 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -44,6 +46,7 @@ MAX_RATIO = 100
 """... they are not more than this many times the bytes of the file, as those of a decompression bomb."""
 
 _ORIENTATION = 0x0112  # the tag, in EXIF and TIFF alike
+_PLACE_ON_MAP = 34735  # the tag that makes a TIFF a GeoTIFF
 _RIGHT, _LEFT, _DOWN, _UP = (1, 0), (-1, 0), (0, 1), (0, -1)
 _STEPS = {
     1: (_RIGHT, _DOWN),
@@ -60,7 +63,11 @@ _RGB, _GREY_ALPHA, _RGBA = 2, 4, 6  # colour types of PNG
 _WHITE_IS_ZERO, _YCBCR = 0, 6  # colours of TIFF; 1 is grey, 2 RGB and 3 a palette
 _REPLACE = "copy the file again from its source"
 _EXTRA = "pip install 'medseg[itk]'"
-_LOSSY = "is a JPEG, which changes the values of a mask"
+_LOSSY = "is compressed by {}, which changes the values of a mask"
+_LOSSY_NAMES = (
+    "JP",
+    "WEBP",
+)  # within tifffile's names of compressions; some of them can be lossless, and do not say so
 
 Alpha = Literal["", "straight", "premultiplied"]
 
@@ -73,16 +80,18 @@ class _Stored:
         samples: as stored, (K, J, I, C).
         palette: colours (n, 3 or 4) uint8 of the one channel, or None.
         alpha: what the last channel is, if it is one of opacity.
-        white_is_zero: larger values are darker.
+        black: the value of black where larger values are darker, else None.
         orientation: the tag.
+        lossy: name of a compression that changes values.
         warnings: what was odd.
     """
 
     samples: NDArray[Any]
     palette: NDArray[np.uint8] | None = None
     alpha: Alpha = ""
-    white_is_zero: bool = False
+    black: int | None = None
     orientation: int = 1
+    lossy: str = ""
     warnings: tuple[str, ...] = ()
 
 
@@ -98,8 +107,8 @@ def read(path: Path) -> Volume:
     """
     stored = _decode(path)
     samples, alpha, warnings = stored.samples, stored.alpha, list(stored.warnings)
-    if stored.white_is_zero:
-        samples = _largest(samples.dtype) - samples
+    if stored.black is not None:
+        samples = (stored.black - samples).astype(samples.dtype)
     if stored.palette is not None:
         samples = stored.palette[samples[..., 0]]
         alpha = "straight" if samples.shape[-1] == 4 else ""
@@ -113,19 +122,25 @@ def read_labels(path: Path) -> Volume:
 
     Raises:
         UnreadableFile: as ``read``.
-        InputError: JPEG; colours other than a palette; an alpha that is not opaque.
+        InputError: JPEG, also within a TIFF; colours other than a palette; an alpha that is not opaque.
     """
     if _is_jpeg(path):
-        raise InputError(path, _LOSSY, ".png or .tif")
+        raise InputError(path, _LOSSY.format("JPEG"), ".png or .tif")
     stored = _decode(path)
-    samples = stored.samples
+    samples, warnings = stored.samples, list(stored.warnings)
+    if stored.lossy:
+        raise InputError(
+            path, _LOSSY.format(stored.lossy), "deflate, LZW or no compression", "save it so from its source"
+        )
+    if stored.black is not None:
+        warnings.append("has 0 as white: the mask's values are taken as they are stored")
     if stored.alpha:
         if (samples[..., -1] != _largest(samples.dtype)).any():
             raise InputError(path, "is transparent in places", "a mask without alpha", "save it as grey")
         samples = samples[..., :-1]
     if (samples != samples[..., :1]).any():
         raise InputError(path, "is coloured", "one value a pixel", "save it as grey or with a palette")
-    return _volume(path, samples[..., :1], stored.orientation, stored.warnings)
+    return _volume(path, samples[..., :1], stored.orientation, warnings)
 
 
 def write(mask: Mask, path: Path) -> None:
@@ -138,7 +153,7 @@ def write(mask: Mask, path: Path) -> None:
         InputError: negative values; for PNG values above 65535 or several slices; JPEG; a grid that is no picture's.
     """
     if _is_jpeg(path):
-        raise InputError(path, _LOSSY, ".png or .tif")
+        raise InputError(path, _LOSSY.format("JPEG"), ".png or .tif")
     orientation = _orientation_of(mask, path)
     pages = _unsigned(mask.array, path).transpose(2, 1, 0)  # (K, J, I)
     save = _save_png if path.name.lower().endswith(".png") else _save_tiff
@@ -273,7 +288,8 @@ def _colours_of_16_bits(path: Path, colour: int) -> NDArray[Any]:
     except ImportError:
         raise UnreadableFile(path, found, "SimpleITK, which reads them", f"{_EXTRA}, or save it as .tif") from None
     image = SimpleITK.ReadImage(str(path), imageIO="PNGImageIO")
-    return cast("NDArray[Any]", SimpleITK.GetArrayFromImage(image))
+    samples = cast("NDArray[Any]", SimpleITK.GetArrayFromImage(image))
+    return samples[..., :3] if colour == _RGB else samples  # a transparent colour becomes an alpha in ITK
 
 
 def _palette(image: Any) -> NDArray[np.uint8]:
@@ -336,9 +352,23 @@ def _decode_tiff(path: Path) -> _Stored:
             samples,
             palette=None if colours is None else (colours.T >> 8).astype(np.uint8),
             alpha=_alpha(page) if samples.shape[-1] == page.samplesperpixel else "",
-            white_is_zero=int(page.photometric) == _WHITE_IS_ZERO,
+            black=2 ** int(page.bitspersample) - 1 if int(page.photometric) == _WHITE_IS_ZERO else None,
             orientation=orientation,
+            lossy=page.compression.name if any(name in page.compression.name for name in _LOSSY_NAMES) else "",
+            warnings=_not_kept(tiff, page),
         )
+
+
+def _not_kept(tiff: Any, page: Any) -> tuple[str, ...]:
+    """What a TIFF says about its place and size in the world, which no picture here has."""
+    found = []
+    if _PLACE_ON_MAP in page.tags:
+        found.append("has a place on the map, which is not kept: medseg.scenes keeps it")
+    ome = re.search(r'PhysicalSizeZ="([^"]+)"', tiff.ome_metadata or "")
+    distance = ome[1] if ome else (tiff.imagej_metadata or {}).get("spacing")
+    if distance is not None:
+        found.append(f"says that its slices are {distance} apart, which is not kept: they are taken as 1 mm apart")
+    return tuple(found)
 
 
 def _alpha(page: Any) -> Alpha:

@@ -134,6 +134,15 @@ def test_colours_of_16_bits_are_kept(tmp_path: Path, colour: int) -> None:
     assert picture.read(path).array.dtype == np.uint16
 
 
+def test_a_transparent_colour_of_16_bits_is_no_channel(tmp_path: Path) -> None:
+    pytest.importorskip("SimpleITK", reason="SimpleITK is not installed")
+    pixels = np.array([[1, 256, 40000], [65535, 0, 3]])
+    clear = chunk(b"tRNS", struct.pack(">HHH", 65535, 0, 3))
+    path = png(tmp_path / "a.png", [pixels.astype(">u2").tobytes()], 2, 16, 2, clear)
+    assert rows(path) == [pixels.tolist()]
+    assert picture.read(path).warnings == ("names a transparent colour, which is taken as any other",)
+
+
 def test_colours_of_16_bits_need_what_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnreadableFile, match=r"16 bits.*without alpha"):
         picture.read(png(tmp_path / "la.png", [bytes(4)], 1, 16, 4))
@@ -259,11 +268,41 @@ def test_pages_of_several_sizes_are_refused_and_of_a_pyramid_the_first_is_read(t
 def test_where_0_is_white_an_image_is_turned_and_a_mask_is_not(tmp_path: Path) -> None:
     path = tiff(tmp_path / "a.tif", GREY, photometric="miniswhite")
     assert rows(path) == (255 - GREY).tolist()
-    assert read_mask(path).array[:, :, 0].T.tolist() == GREY.tolist()
+    mask = read_mask(path)
+    assert mask.array[:, :, 0].T.tolist() == GREY.tolist()
+    assert mask.warnings == ("has 0 as white: the mask's values are taken as they are stored",)
     path = tiff(tmp_path / "b.tif", GREY > 2, photometric="miniswhite")
     assert rows(path) == [[1, 1, 1], [0, 0, 0]]
     with pytest.raises(InputError, match="float32 values, 0 as white"):
         picture.read(tiff(tmp_path / "c.tif", GREY.astype(np.float32), photometric="miniswhite"))
+
+
+def test_black_is_the_largest_value_of_the_bits_where_0_is_white(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytearray(tiff(tmp_path / "a.tif", GREY, photometric="miniswhite", software=False).read_bytes())
+    at = next(n for n in range(8, len(content), 2) if struct.unpack_from("<HHI", content, n) == (258, 3, 1))
+    struct.pack_into("<H", content, at + 8, 4)  # bits a sample
+    (tmp_path / "a.tif").write_bytes(bytes(content))
+    # unpacking them takes imagecodecs, which is no dependency
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", lambda *_, **__: GREY.clip(0, 15))
+    assert rows(tmp_path / "a.tif") == [[15, 14, 13], [12, 11, 0]]
+
+
+def test_a_place_on_the_map_and_a_distance_of_slices_are_not_lost_unsaid(tmp_path: Path) -> None:
+    keys = (1, 1, 0, 1, 1024, 0, 1, 1)
+    (warning,) = picture.read(tiff(tmp_path / "a.tif", GREY, extratags=[(34735, "H", 8, keys, True)])).warnings
+    assert "medseg.scenes" in warning
+    stacks = {
+        "i.tif": {"imagej": True, "metadata": {"axes": "ZYX", "spacing": 2.5}},
+        "o.ome.tif": {"ome": True, "photometric": "minisblack", "metadata": {"axes": "ZYX", "PhysicalSizeZ": 2.5}},
+    }
+    for name, options in stacks.items():
+        volume = picture.read(tiff(tmp_path / name, STACK, **options))
+        assert volume.geometry.spacing == (1, 1, 1)
+        assert volume.warnings == (
+            "says that its slices are 2.5 apart, which is not kept: they are taken as 1 mm apart",
+        )
 
 
 def test_alpha_of_a_tiff(tmp_path: Path) -> None:
@@ -405,6 +444,12 @@ def test_a_mask_in_colours_has_equal_channels_or_is_refused(tmp_path: Path) -> N
 def test_a_jpeg_is_no_mask(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="JPEG"):
         read_mask(save(tmp_path / "a.jpg", GREY))
+    flat = np.full((16, 16), 90, np.uint8)
+    path = save(tmp_path / "a.tif", flat, compression="jpeg")
+    assert rows(path) == flat.tolist()
+    with pytest.raises(InputError, match=r"compressed by JPEG.*deflate"):
+        read_mask(path)
+    assert read_mask(save(tmp_path / "b.tif", flat, compression="tiff_lzw")).array.max() == 90
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
