@@ -132,9 +132,19 @@ def class_dice(
     """
     if prediction.shape != reference.shape:
         raise GeometryMismatch(where, f"has shape {prediction.shape}", f"{reference.shape} as the reference")
-    joint = _histogram(*_indices(prediction, reference, labels, where), labels.count)
-    sizes = joint.sum(axis=0) + joint.sum(axis=1)
-    return tuple(float(2 * joint[n, n] / sizes[n]) if sizes[n] else None for n in range(1, labels.count))
+    return joint_dice(_histogram(*_indices(prediction, reference, labels, where), labels.count))
+
+
+def joint_dice(joint: NDArray[np.int64]) -> tuple[float | None, ...]:
+    """Dice of each index from 1 on: 2 |A and B| / (|A| + |B|); None for one that neither mask has.
+
+    Args:
+        joint: how many voxels have index i in one mask and j in the other, (m, n). Indices from n on, which only the
+            first mask may have, count as background.
+    """
+    n = joint.shape[1]
+    sizes = joint[:n].sum(axis=1) + joint.sum(axis=0)
+    return tuple(float(2 * joint[i, i] / sizes[i]) if sizes[i] else None for i in range(1, n))
 
 
 def score_failure(
@@ -364,7 +374,8 @@ INSTANCE_DEFINITIONS = {
     "f1": "2 TP / (2 TP + FP + FN) at IoU 0.5, TP being the matches, FP and FN the objects without one",
     "average_precision": "TP / (TP + FP + FN), mean over the thresholds 0.5 to 0.95, as in the Data Science Bowl 2018",
     "segmentation_quality": "mean IoU of the matches at IoU 0.5; 0 where there are none (Kirillov et al. 2019)",
-    "panoptic_quality": "segmentation_quality times f1, which is their recognition quality",
+    "panoptic_quality": "segmentation_quality times f1, which is their recognition quality; of several images the mean "
+    "of the images' values, not that of all their objects together, as it is defined",
     "both empty": "every score undefined: left out of the means, and counted",
     "one empty": "every score 0",
 }

@@ -30,6 +30,7 @@ from medseg.engines import choose_device
 from medseg.errors import GeometryMismatch, InputError, PlanError, UnreadableFile
 from medseg.geometry import Reorientation
 from medseg.io.picture import picture_grid
+from medseg.metrics import joint_dice
 from medseg.package import ModelPackage
 from medseg.plan import Configuration, Plan
 from medseg.preprocess import normalise
@@ -74,8 +75,8 @@ class Lattice:
 
 
 @dataclass(frozen=True)
-class _Segmenter:
-    """What turns a window's pixels into label values."""
+class _Classifier:
+    """What turns a window's pixels into label indices."""
 
     networks: Sequence[Network]
     plan: Plan
@@ -137,7 +138,7 @@ def predict_scene(
     Raises:
         PlanError: the plan scales each image by itself, is none of pictures, or resamples.
         InputError: rasterio is not installed; another number of bands, a palette, complex values; the target's name;
-            a window could not be computed (out of memory, for example); the mask could not be written.
+            a window takes more memory than there is; the mask could not be written.
         UnreadableFile: the scene is damaged, at the beginning or in some window.
         TrainingError: the network gives values that are not finite.
     """
@@ -147,17 +148,17 @@ def predict_scene(
     turn = _turn(package.plan, package.configuration)
     where = choose_device(device)
     networks = [network.to(where) for network in package.networks()]
-    segment = _Segmenter(networks, package.plan, package.configuration, turn, mirror, where)
+    classify = _Classifier(networks, package.plan, package.configuration, turn, mirror, where)
     labels = package.plan.labels
     with load_rasterio().Env(GDAL_CACHEMAX=CACHE_BYTES), _opened(source) as scene, replacing(target) as temporary:
         bands = _bands(scene, package.plan.channels, source)
         places = _windows(scene.shape, window)
         pieces = (
-            (place, labels.to_values(_window_indices(scene, bands, *place, segment, source)))
+            (place, labels.to_values(_window_indices(scene, bands, *place, classify, source)))
             for place in track(places, "segmenting", progress)
         )
-        if not _write(temporary, _profile(scene, labels), _tags(package), pieces):
-            raise InputError(target, "could not be written whole", "room on the disk")
+        if reason := _write(temporary, _profile(scene, labels), _tags(package), pieces):
+            raise InputError(target, f"could not be written whole: {reason}", "", "see that the disk has room")
 
 
 def scene_dice(prediction: Path, reference: Path, labels: Labels, *, window: int = 4096) -> dict[str, float | None]:
@@ -179,20 +180,17 @@ def scene_dice(prediction: Path, reference: Path, labels: Labels, *, window: int
     n = labels.count + (labels.ignore is not None)
     joint = np.zeros((n, n), dtype=np.int64)
     with _opened(prediction) as first, _opened(reference) as second:
+        hair = 0.01 * min(second.res) / max(second.shape)  # a hundredth of a pixel at the far end of the scene
         for what in ("shape", "crs", "transform"):
             found, expected = getattr(first, what), getattr(second, what)
-            if found != expected:
+            if not (found.almost_equals(expected, hair) if what == "transform" else found == expected):
                 raise GeometryMismatch(prediction, f"has {what} {found}", f"{expected} as {reference.name}")
         for place in _windows(first.shape, window):
             p = labels.to_indices(_read(first, [1], *place, prediction), prediction).astype(np.intp)
             r = labels.to_indices(_read(second, [1], *place, reference), reference)
             joint += np.bincount((p * n + r).ravel(), minlength=n * n).reshape(n, n)
     joint = joint[:, : labels.count]  # without what is ignored in the reference
-    sizes = joint[: labels.count].sum(axis=1) + joint.sum(axis=0)
-    return {
-        name: 2 * float(joint[index, index]) / float(sizes[index]) if sizes[index] else None
-        for index, name in enumerate(labels.names, start=1)
-    }
+    return dict(zip(labels.names, joint_dice(joint), strict=True))
 
 
 # ---- what can be segmented window by window --------------------------------------------------------------------------
@@ -251,7 +249,7 @@ def _windows(shape: tuple[int, int], edge: int) -> list[_Place]:
 
 
 def _window_indices(
-    scene: Any, bands: Sequence[int], rows: _Span, columns: _Span, segment: _Segmenter, source: Path
+    scene: Any, bands: Sequence[int], rows: _Span, columns: _Span, classify: _Classifier, source: Path
 ) -> NDArray[np.uint8]:
     """Label indices of a window, background where there are no data."""
     shape = (rows[1] - rows[0], columns[1] - columns[0])
@@ -260,7 +258,7 @@ def _window_indices(
         return np.zeros(shape, dtype=np.uint8)
     tops, lefts = (
         Lattice(size, patch).around(*span)
-        for size, patch, span in zip(scene.shape, segment.patch[::-1], (rows, columns), strict=True)
+        for size, patch, span in zip(scene.shape, classify.patch[::-1], (rows, columns), strict=True)
     )
     near = [(start, min(stop, size)) for (start, stop), size in zip((tops, lefts), scene.shape, strict=True)]
     pixels = _read(scene, bands, near[0], near[1], source)
@@ -270,8 +268,8 @@ def _window_indices(
         valid &= finite.all(axis=0)[inner]
         pixels[~finite] = 0
     try:
-        indices = segment(pixels, (tops[1] - tops[0], lefts[1] - lefts[0]))[inner]
-    except (RuntimeError, MemoryError) as failure:
+        indices = classify(pixels, (tops[1] - tops[0], lefts[1] - lefts[0]))[inner]
+    except (MemoryError, torch.OutOfMemoryError) as failure:
         place = f"rows {rows[0]} to {rows[1]}, columns {columns[0]} to {columns[1]}"
         raise InputError(
             source, f"{place}: {failure}", "a window that can be computed", "try a smaller window"
@@ -333,8 +331,8 @@ def _profile(scene: Any, labels: Labels) -> dict[str, Any]:
 
 def _write(
     path: Path, profile: dict[str, Any], tags: dict[str, str], pieces: Iterable[tuple[_Place, NDArray[Any]]]
-) -> bool:
-    """Write a mask from its windows; whether the file then holds them.
+) -> str:
+    """Write a mask from its windows; why the file does not hold them then, or nothing.
 
     Read back because rasterio does not say so where a disk fills up while a file is closed.
     """
@@ -347,13 +345,14 @@ def _write(
                 for place, values in pieces:
                     mask.write(values, 1, window=_window(*place))
                     sums[place] = zlib.crc32(values.tobytes())
-        except rasterio.errors.RasterioError:
-            return False
+        except rasterio.errors.RasterioError as failure:
+            return str(failure)
     try:
         with _opened(path) as mask:
-            return all(zlib.crc32(_read(mask, [1], *place, path).tobytes()) == known for place, known in sums.items())
-    except UnreadableFile:
-        return False
+            whole = all(zlib.crc32(_read(mask, [1], *place, path).tobytes()) == known for place, known in sums.items())
+    except UnreadableFile as failure:
+        return failure.found
+    return "" if whole else "it holds other values than were written"
 
 
 def _tags(package: ModelPackage) -> dict[str, str]:

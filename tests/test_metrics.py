@@ -23,6 +23,7 @@ from medseg.metrics import (
     InstanceMeasures,
     SurfaceDistances,
     class_dice,
+    joint_dice,
     score_failure,
     score_instances,
     score_pair,
@@ -409,6 +410,12 @@ def test_dice_alone_by_hand_and_of_two_shapes() -> None:
     assert class_dice(half, CUBE, ONE) == (2 * 18 / (27 + 18),)
     with pytest.raises(GeometryMismatch, match="has shape"):
         class_dice(CUBE[1:], CUBE, ONE)
+
+
+def test_dice_of_a_joint_histogram_by_hand() -> None:
+    # index 1: 3 in both, 4 in the first mask, 5 in the second; 2: in neither; 3 is known to the first mask alone
+    joint = np.array([[9, 1, 0], [1, 3, 0], [0, 0, 0], [2, 1, 0]])
+    assert joint_dice(joint) == (2 * 3 / (4 + 5), None)
 
 
 # ---- single objects --------------------------------------------------------------------------------------------------

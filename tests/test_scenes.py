@@ -399,12 +399,19 @@ def test_a_scene_that_was_cut_short_is_no_scene(tmp_path: Path, compress: str | 
 
 
 def test_a_window_that_cannot_be_computed_fails_the_scene(scene: Path, tmp_path: Path) -> None:
-    class Full(nn.Module):
-        def forward(self, batch: Tensor) -> Tensor:
-            raise RuntimeError("out of memory")
+    class Broken(nn.Module):
+        def __init__(self, failure: Exception) -> None:
+            super().__init__()
+            self.failure = failure
 
-    with pytest.raises(InputError, match=r"rows 0 to 16, columns 0 to 16: out of memory .*smaller window"):
-        predict_scene(package(Full()), scene, tmp_path / "b.tif", window=16, device="cpu")
+        def forward(self, batch: Tensor) -> Tensor:
+            raise self.failure
+
+    for failure in (MemoryError("out of memory"), torch.OutOfMemoryError("out of memory")):
+        with pytest.raises(InputError, match=r"rows 0 to 16, columns 0 to 16: out of memory .*smaller window"):
+            predict_scene(package(Broken(failure)), scene, tmp_path / "b.tif", window=16, device="cpu")
+    with pytest.raises(RuntimeError, match="sizes of tensors"):  # which no window would change
+        predict_scene(package(Broken(RuntimeError("sizes of tensors"))), scene, tmp_path / "b.tif", device="cpu")
     assert leftovers(tmp_path) == []
 
 
@@ -421,6 +428,14 @@ def test_a_full_disk_is_noticed(tmp_path: Path, window: int) -> None:
             predict_scene(package(patch=(64, 64)), source, tmp_path / "b.tif", window=window, device="cpu")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert leftovers(tmp_path) == []
+
+
+def test_why_a_mask_could_not_be_written_is_said(scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = scenes._profile
+    monkeypatch.setattr(scenes, "_profile", lambda *given: {**plain(*given), "blockxsize": 100})
+    with pytest.raises(InputError, match=r"could not be written whole: .*multiples of 16"):
+        predict_scene(package(), scene, tmp_path / "b.tif", device="cpu")
     assert leftovers(tmp_path) == []
 
 
@@ -478,9 +493,11 @@ def test_masks_of_other_places_are_not_compared(tmp_path: Path) -> None:
     for changed, what in (
         (write(tmp_path / "b.tif", mask[:, :3]), "shape"),
         (write(tmp_path / "c.tif", mask, crs="EPSG:25833"), "crs"),
-        (write(tmp_path / "d.tif", mask, transform=Affine(10, 0, 500_010, 0, -10, 5_400_000)), "transform"),
+        (write(tmp_path / "d.tif", mask, transform=Affine(10, 0, 500_001, 0, -10, 5_400_000)), "transform"),
     ):
         with pytest.raises(GeometryMismatch, match=what):
             scene_dice(changed, a, LABELS)
+    rounded = write(tmp_path / "f.tif", mask, transform=Affine(10 + 1e-9, 0, 500_000 + 1e-6, 0, -10, 5_400_000))
+    assert scene_dice(rounded, a, LABELS)["water"] == 1.0
     with pytest.raises(InputError, match=r"\[9\] have no name"):
         scene_dice(write(tmp_path / "e.tif", mask * 9), a, LABELS)
