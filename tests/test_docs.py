@@ -20,7 +20,7 @@ import typer
 from small_datasets import nuclei, picture, save_picture
 from typer.main import get_command
 
-from medseg import cli, pipeline
+from medseg import cli, networks, pipeline
 from medseg.io import is_picture, suffix_of
 from medseg.pipeline import RunResult
 from medseg.train import TrainSettings
@@ -244,6 +244,7 @@ def sandbox(
     monkeypatch.setattr("medseg.pipeline.plan_station", quick_plan)
     monkeypatch.setattr("medseg.cli.train_settings", lambda **_: quick)
     monkeypatch.setattr("medseg.download.download_task", copy)
+    monkeypatch.setattr("medseg.networks.ARCHITECTURES", dict(networks.ARCHITECTURES))  # one document adds to it
     return box
 
 

@@ -55,6 +55,7 @@ def largest_difference(first: list[Tensor], second: list[Tensor]) -> float:
     return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize(("dims", "sizes"), [(2, ISOTROPIC), (3, ANISOTROPIC)])
 @pytest.mark.parametrize(("kind", "ours"), [("PlainConvUNet", UNet), ("ResidualEncoderUNet", ResidualUNet)])
 def test_equal_function(kind: str, ours: type[UNet], dims: int, sizes: dict[str, Any]) -> None:
@@ -107,6 +108,55 @@ def test_every_layer_is_taken_once() -> None:
     assert network.upsample[0].weight.unique().tolist() == [3]
     assert network.decoder[0][0].conv.weight.unique().tolist() == [4]  # type: ignore[index,union-attr]
     assert network.heads[0].weight.unique().tolist() == [5]
+
+
+def residual_state() -> dict[str, Tensor]:
+    """Of two stages with 2 and 4 features, one and two blocks, 1 channel and 3 classes; each convolution its number."""
+    convs = {
+        "encoder.stem.convs.0": (1, 2),
+        "encoder.stages.0.blocks.0.conv1": (2, 2),
+        "encoder.stages.0.blocks.0.conv2": (2, 2),
+        "encoder.stages.1.blocks.0.conv1": (2, 4),
+        "encoder.stages.1.blocks.0.conv2": (4, 4),
+        "encoder.stages.1.blocks.0.skip.1": (2, 4),
+        "encoder.stages.1.blocks.1.conv1": (4, 4),
+        "encoder.stages.1.blocks.1.conv2": (4, 4),
+        "decoder.stages.0.convs.0": (4, 2),
+    }
+    state = {}
+    for number, (place, (before, after)) in enumerate(convs.items(), start=1):
+        is_skip = "skip" in place
+        kernel = (1, 1) if is_skip else (3, 3)
+        for repeated in ("", "decoder.") if place.startswith("encoder") else ("",):
+            for conv, norm in (("conv", "norm"), ("all_modules.0", "all_modules.1")):
+                block = f"{repeated}{place}."
+                state[f"{block}{conv}.weight"] = torch.full((after, before, *kernel), float(number))
+                state |= {f"{block}{norm}.{part}": torch.zeros(after) for part in ("weight", "bias")}
+                if not is_skip:
+                    state[f"{block}{conv}.bias"] = torch.zeros(after)
+    upsampled = {"weight": torch.full((4, 2, 2, 2), 10.0), "bias": torch.zeros(2)}
+    head = {"weight": torch.full((3, 2, 1, 1), 11.0), "bias": torch.zeros(3)}
+    state |= {f"decoder.transpconvs.0.{part}": tensor for part, tensor in upsampled.items()}
+    return state | {f"decoder.seg_layers.0.{part}": tensor for part, tensor in head.items()}
+
+
+def test_every_layer_of_a_residual_network_is_taken_once() -> None:
+    network = ResidualUNet(2, 1, 3, (2, 4), convs_per_stage=(1, 2))
+    network.load_state_dict(network_weights(residual_state(), network))
+    places = {name: w.unique().tolist() for name, w in network.state_dict().items() if w.ndim > 1}
+    assert places == {
+        "encoder.0.0.conv.weight": [1],  # the stem
+        "encoder.0.1.first.conv.weight": [2],
+        "encoder.0.1.second.conv.weight": [3],
+        "encoder.1.0.first.conv.weight": [4],
+        "encoder.1.0.second.conv.weight": [5],
+        "encoder.1.0.skip.1.conv.weight": [6],
+        "encoder.1.1.first.conv.weight": [7],
+        "encoder.1.1.second.conv.weight": [8],
+        "decoder.0.0.conv.weight": [9],
+        "upsample.0.weight": [10],
+        "heads.0.weight": [11],
+    }
 
 
 def test_what_does_not_fit_is_named() -> None:
