@@ -23,16 +23,24 @@ ISOTROPIC: Spacing = (1.0, 1.0, 1.0)
 NECK = 0.9
 """Without a boundary class, two parts of a mask are two objects where the neck between them is narrower than this part
 of the thickness of the thinner one. Two equal discs of radius r are parted where their centres are more than
-2 x sqrt(1 - 0.9^2) = 0.87 r apart. Of 0.6 to 0.96, 0.9 finds most nuclei of 160 images in their union (F1 0.96)."""
-NECK_INSIDE = 0.8
+2 x sqrt(1 - 0.9^2) = 0.87 r apart.
+
+Chosen on references alone, united and parted again: the 5638 nuclei of 128 images of the Data Science Bowl 2018, which
+fold 0 of the 160 images at hand trains on. Mean F1 at IoU 0.5 is 0.944 at 0.6, 0.959 at 0.8, 0.966 at 0.9, 0.961 at
+0.92 and 0.942 at 0.96."""
+NECK_INSIDE = 0.7
 """As ``NECK``, for insides without their boundary: where the boundary of two cells was not found, their neck may show.
-On the same images it costs 0.006 of F1 where boundaries are perfect, and brought 0.04 after two minutes of training."""
+
+Chosen on the same references with the boundaries that ``boundary_classes`` draws, and with a tenth, three tenths and a
+half of the boundary taken for inside, in patches. F1 is 0.995, 0.993, 0.988 and 0.981; without this rule 0.998, 0.973,
+0.941 and 0.921. On average 0.6 to 0.75 are equal to 0.001. No prediction of a network was looked at."""
 SMOOTHING_VOXELS = 0.5
 """Standard deviation with which distances are smoothed before necks are looked for: an outline is known to half a
 voxel."""
-SPECK = 0.02
-"""A piece smaller than this part of the typical object is no object. In the Data Science Bowl 2018, nuclei that the
-image's border cuts are 1 % of the others at the least."""
+SPECK = 0.01
+"""A piece smaller than this part of the typical object is no object. Of the same 5638 nuclei none is so small, those
+that the image's border cuts included: the smallest is 1.1 % of its image's typical one, and at 0.02 sixteen would be
+lost. F1 with the boundaries drawn is 0.9946, and 0.9936 without this rule."""
 
 _ALL_NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 
@@ -85,8 +93,10 @@ def boundary_classes(instances: NDArray[Any], width_mm: float = 1.0, spacing_mm:
     """What a network with a boundary class learns: 0 background, 1 inside of an object, 2 its boundary.
 
     The boundary is the voxels of an object whose centre lies within ``width_mm`` of a voxel that is not of the object.
-    So two objects that touch have a boundary of both between them, and their insides are apart. An object without an
-    inside keeps its innermost voxel. The border of the image is none: an object that it cuts goes on.
+    So two objects that touch have a boundary of both between them. In a picture, with a width of a pixel or more, their
+    insides are then apart; in a volume they may still touch in a corner, or along an axis whose spacing is more than
+    ``width_mm``. An object without an inside keeps its innermost voxel, wherever that lies. The border of the image is
+    none: an object that it cuts goes on.
 
     Args:
         instances: ids (I, J, K).
