@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from medseg.errors import InputError
@@ -147,6 +148,24 @@ def test_contact_sheet_has_a_row_a_panel(tmp_path: Path) -> None:
         heights.append(size(tmp_path / "worst.png")[1])
     assert heights == [450, 900]
     assert [path.name for path in tmp_path.iterdir()] == ["worst.png"]
+
+
+def test_contact_sheet_has_columns_to_the_right_rows_down_and_the_colours_of_the_image(tmp_path: Path) -> None:
+    image, ids = np.zeros((3, 20, 10, 1), np.uint8), np.zeros((20, 10, 1), int)
+    image[1, :, :3], image[0, 12:18] = 255, 255  # green above, red to the right, yellow where they cross
+    ids[2:6, 3:9] = 1
+    save_contact_sheet([Panel("n0", image, ids, np.roll(ids, 5, axis=0))], tmp_path / "worst.png")
+    expected = np.zeros((3, 10, 20, 3), int)  # image, reference and prediction; rows, columns
+    expected[:, :3, :, 1], expected[:, :, 12:18, 0] = 255, 255
+    for picture, first, colour in ((1, 2, (0, 158, 115)), (2, 7, (214, 94, 0))):  # bluish green, vermillion
+        expected[picture, 3:9, [first, first + 3]] = expected[picture, [3, 8], first : first + 4] = colour
+    with PIL.Image.open(tmp_path / "worst.png") as sheet:
+        thirds = np.split(np.asarray(sheet.convert("RGB")).astype(int), 3, axis=1)
+    for third, picture in zip(thirds, expected, strict=True):
+        rows, columns = np.nonzero((third[..., 1] == 255) & (third[..., 2] == 0))  # green and yellow: the upper edge
+        cell = (np.ptp(columns) + 1) / 20
+        at = [(start + cell * (np.arange(n) + 0.5)).astype(int) for start, n in ((rows.min(), 10), (columns.min(), 20))]
+        assert np.abs(third[np.ix_(*at)] - picture).max() < 5
 
 
 # ---- single objects --------------------------------------------------------------------------------------------------
