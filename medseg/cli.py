@@ -715,6 +715,7 @@ def _default_out(dataset: Path) -> Path:
 def train_settings(
     *, time_budget: str = "", epochs: int | None = None, iterations: int | None = None, **choices: Any
 ) -> TrainSettings:
+    """Settings of training from a command's options; InputError where several say how long it takes."""
     from medseg.train import TrainSettings, seconds_of
 
     budgets = {"--time-budget": time_budget, "--epochs": epochs, "--iterations": iterations}
