@@ -350,10 +350,20 @@ def test_the_steps_of_a_training_that_accumulates_are_counted_in_steps(tiny_job:
     assert [row["iteration"] for row in rows(tmp_path)] == ["1", "2", "3"]
 
 
-def test_checkpointing_changes_the_memory_alone(tiny_job: Job, tmp_path: Path) -> None:
+def test_checkpointing_changes_the_memory_alone(tiny_job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert chosen(tiny_job, iterations=2).key != chosen(tiny_job, iterations=2, checkpointing=True).key
-    for name, wanted in (("with", True), ("without", False)):
+    build, calls = train.build_network, []
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        network: Any = build(*arguments, **named)
+        network.encoder[0].register_forward_pre_hook(lambda stage, _: calls.append(1) if stage.training else None)
+        return network
+
+    monkeypatch.setattr(train, "build_network", counting)
+    for name, wanted, expected in (("with", True, 4), ("without", False, 2)):
+        calls.clear()
         trained(chosen(tiny_job, iterations=2, checkpointing=wanted), tmp_path / name)
+        assert len(calls) == expected, "two steps; with checkpointing the backward pass computes the stage again"
     first, second = (safetensors.torch.load_file(tmp_path / name / WEIGHTS) for name in ("with", "without"))
     assert first.keys() == second.keys()
     for name, tensor in first.items():

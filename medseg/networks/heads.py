@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medseg.networks.blocks import ConvBlock, Stage, convolution, interpolated
+from medseg.networks.blocks import ConvBlock, Stage, arranged, convolution, interpolated
 from medseg.networks.unet import UNet
 
 
@@ -88,4 +88,4 @@ class SatelliteSegmenter(UNet):
         levels = super().decode(skips)
         size = levels[0].shape[2:]
         parts = [interpolated(project(x), size) for project, x in zip(self.projections, levels, strict=True)]
-        return [self._run(self.fusion, reduce(torch.add, parts)), *levels[1:]]
+        return [self._run(self.fusion, arranged(reduce(torch.add, parts))), *levels[1:]]

@@ -1,6 +1,6 @@
 """What every architecture must do, whatever its form: a new one joins through ``ARCHITECTURES``.
 
-Exporting is slow: it runs for each architecture in 2D and 3D, on an odd size, and not for every size and channel.
+Exporting is slow: it runs for each architecture in 2D and 3D in two forms, and not for every size and channel.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from medseg.networks import ARCHITECTURES
 
 CLASSES = 3
 SIZES = {"odd": (7, 9, 5), "even": (8, 12, 8)}
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EVERY = list(itertools.product(ARCHITECTURES, (2, 3)))
 every_network = pytest.mark.parametrize(("name", "dims"), EVERY)
 
@@ -56,14 +57,22 @@ def logits_of(network: nn.Module, x: Tensor) -> Tensor:
     return result
 
 
-def gradients_of(network: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
-    """Of a loss that all logits of training count in."""
+def gradients_of(network: nn.Module, x: Tensor, half: bool = False) -> dict[str, Tensor | None]:
+    """Of a loss that all logits of training count in; with ``half`` after a forward pass that is autocast."""
     network.zero_grad()
-    result = network.train()(x)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        result = network.train()(x)
     levels = result if isinstance(result, list) else [result]
     torch.manual_seed(2)
     sum((level * torch.randn_like(level)).mean() for level in levels).backward()
     return {key: None if p.grad is None else p.grad.clone() for key, p in network.named_parameters()}
+
+
+def calls_of(module: nn.Module) -> list[None]:
+    """Grows by an entry at each forward pass of a module from now on."""
+    calls: list[None] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(None))
+    return calls
 
 
 def blurred(network: nn.Module) -> nn.Module:
@@ -102,30 +111,39 @@ def test_any_size_any_channels(name: str, dims: int, kind: str, channels: int, s
     torch.testing.assert_close(logits[1:], logits_of(network, x[1:]), rtol=1e-3, atol=1e-4)
 
 
-@every_network
-def test_torch_export(name: str, dims: int) -> None:
-    network = made(name, dims).eval()
-    x = image(dims)
-    exported = torch.export.export(network, (x,))
-    torch.testing.assert_close(exported.module()(x), logits_of(network, x), rtol=1e-4, atol=1e-4)
+# an odd size, and an even one with what is made in another way
+exported = pytest.mark.parametrize(
+    ("kind", "form"), [("odd", {}), ("even", {"deep_supervision": True, "downsampling": "pool"})], ids=["odd", "even"]
+)
 
 
 @every_network
+@exported
+def test_torch_export(name: str, dims: int, kind: str, form: dict[str, Any]) -> None:
+    network = made(name, dims, **form).eval()
+    x = image(dims, kind=kind)
+    program = torch.export.export(network, (x,))
+    torch.testing.assert_close(program.module()(x), logits_of(network, x), rtol=1e-4, atol=1e-4)
+
+
+@every_network
+@exported
 # a trace is of one size, which is what its warnings say
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-def test_torchscript(name: str, dims: int) -> None:
-    network = made(name, dims).eval()
-    x = image(dims)
+def test_torchscript(name: str, dims: int, kind: str, form: dict[str, Any]) -> None:
+    network = made(name, dims, **form).eval()
+    x = image(dims, kind=kind)
     with torch.no_grad():
         traced = torch.jit.trace(network, x)
         torch.testing.assert_close(traced(x), logits_of(network, x), rtol=1e-4, atol=1e-4)
 
 
 @every_network
+@exported
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the exporter's own parts
-def test_onnx(name: str, dims: int) -> None:
-    network = made(name, dims, 2).eval()
-    x = image(dims, 2)
+def test_onnx(name: str, dims: int, kind: str, form: dict[str, Any]) -> None:
+    network = made(name, dims, 2, **form).eval()
+    x = image(dims, 2, kind)
     program = torch.onnx.export(network, (x,), dynamo=True, verbose=False)
     assert program is not None
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
@@ -247,7 +265,9 @@ def test_checkpointing_changes_no_number(name: str, dims: int, norm: str) -> Non
     assert saving.state_dict().keys() == usual.state_dict().keys()
     saving.load_state_dict(usual.state_dict())
     x = image(dims)
+    calls = [calls_of(network.encoder[0]) for network in (usual, saving)]  # type: ignore[index]
     expected, found = gradients_of(usual, x), gradients_of(saving, x)
+    assert [len(each) for each in calls] == [1, 2], "once more in the backward pass"
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, msg=key)
     for (key, value), same in zip(usual.named_buffers(), saving.buffers(), strict=True):  # running means
@@ -266,7 +286,7 @@ def test_half_precision(name: str, dims: int, how: str) -> None:
     else:
         with torch.autocast("cpu", torch.bfloat16):
             half = logits_of(network, x)
-            gradients = gradients_of(network, x)
+        gradients = gradients_of(network, x, half=True)
         assert all(g is not None and g.isfinite().all() for g in gradients.values())
     assert (half.float() - exact).abs().mean() < 0.05 * exact.abs().mean()  # bfloat16 has 8 bits: 0.4 % a step
 
@@ -280,3 +300,26 @@ def test_channels_last(name: str, dims: int) -> None:
     expected, found = gradients_of(network, x), gradients_of(network, last)
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, msg=key)
+
+
+@every_network
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("form", [{}, {"downsampling": "pool", "norm": "batch"}], ids=["instance", "batch"])
+def test_every_convolution_sees_channels_last(name: str, dims: int, channels: int, form: dict[str, Any]) -> None:
+    """By strides: where there is one channel, a tensor says that it is contiguous in whatever format."""
+    network = made(name, dims, channels, deep_supervision=True, **form)
+    last: Any = torch.channels_last if dims == 2 else torch.channels_last_3d
+    others = []
+
+    def look(key: str, x: Tensor) -> None:
+        if x.stride() != torch.empty_like(x, memory_format=last).stride():
+            others.append((key, tuple(x.shape), x.stride()))
+
+    convolutions = {k: m for k, m in network.named_modules() if isinstance(m, CONVOLUTIONS)}
+    for key, module in convolutions.items():
+        module.register_forward_pre_hook(lambda _, arguments, key=key: look(key, arguments[0]))
+    calls = [calls_of(module) for module in convolutions.values()]
+    network.train()(image(dims, channels, "even"))
+    network(image(dims, channels, "odd"))
+    assert others == []
+    assert all(len(each) == 2 for each in calls)
