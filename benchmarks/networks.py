@@ -3,11 +3,12 @@
     pip install --no-deps dynamic-network-architectures
     python benchmarks/networks.py
 
-Every network is the six-stage U-Net (3D: 32 to 320 features; 2D: 32 to 256) that nnU-Net plans for the patch, with
-instance norm and leaky ReLU, without deep supervision. BasicUNet has its own fixed topology (one more convolution
-before, pooling): its features are chosen for the same widths, and its parameters are printed. One round times every
-network once; the table has the medians over the rounds, and their ratio to medseg's own. Peak memory is measured in a
-process of its own, as what a training step adds to the resident set. Absent peers are left out and named.
+Every network is a U-Net of the same stages and widths (3D: the four that nnU-Net plans for Decathlon Task04, 32 to 256
+features; 2D: six, 32 to 512), two convolutions of 3 a stage, instance norm and leaky ReLU, without deep supervision.
+BasicUNet has its own fixed topology (five stages, pooling): its widths are as near as can be, and its parameters are
+printed. One round times every network once; the table has the medians over the rounds, and medseg's over each peer's.
+Peak memory is measured in a process of its own, as what training steps add to the resident set. Absent peers are left
+out and named.
 """
 
 from __future__ import annotations

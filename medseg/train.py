@@ -170,11 +170,14 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """Digest of all that the result depends on: of device and precision what ``auto`` means here."""
+        """Digest of all that was asked for: a finished training holds on any machine."""
         cases = [case.stem.name for case in (*self.cases, *(prepared for _, prepared in self.validation))]
-        here = {"device": choose_device(self.settings.device).type, "precision": precision_of(self.settings)}
-        settings = self.settings.model_dump(mode="json") | here
-        return digest_of([self.plan.digest(), self.configuration, cases, settings])
+        return digest_of([self.plan.digest(), self.configuration, cases, self.settings.model_dump(mode="json")])
+
+    @cached_property
+    def checkpoint_key(self) -> str:
+        """The same with what ``auto`` means on this machine: a training goes on only in the arithmetic it began in."""
+        return digest_of([self.key, choose_device(self.settings.device).type, precision_of(self.settings)])
 
     def network(self) -> nn.Module:
         """The network, freshly initialised."""
@@ -229,7 +232,8 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
     network, optimiser = fabric.setup(state.network, state.optimiser)
     if training.average:
         state.average = {name: tensor.detach().clone() for name, tensor in state.network.state_dict().items()}
-    resume(state, job.folder / CHECKPOINT, job.key)  # now that all is on the device, where an optimiser loads its state
+    # now that all is on the device, where an optimiser loads its state
+    resume(state, job.folder / CHECKPOINT, job.checkpoint_key)
     loss_of = _loss(job)
     groups = state.optimiser.param_groups
     rates = [group["lr"] for group in groups]
@@ -268,7 +272,7 @@ def _loop(state: State, job: Job, fabric: Fabric, progress: Progress) -> None:
                 state.seconds = time.monotonic() - start
             progress("training", budget.done(state.iteration, state.seconds), _note(state))
             if state.seconds >= save_at:
-                save_checkpoint(state, job.folder / CHECKPOINT, job.key)
+                save_checkpoint(state, job.folder / CHECKPOINT, job.checkpoint_key)
                 took = time.monotonic() - start - state.seconds
                 save_at = state.seconds + max(CHECKPOINT_SECONDS, CHECKPOINT_PAUSE * took)
 
