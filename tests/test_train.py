@@ -265,16 +265,21 @@ def test_a_checkpoint_of_another_job_or_a_damaged_one_is_not_used(
     assert saving == [0, 0, 0, 0, 0]
 
 
-def test_a_job_is_what_auto_means_on_the_machine(tiny_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a training in bfloat16 would go on in float32 on another processor."""
-    keys = {}
-    for able, precision in ((False, "32"), (True, "bf16")):
+def test_a_checkpoint_belongs_to_the_arithmetic_of_its_machine(
+    tiny_job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a training in bfloat16 would go on in float32 on another processor; once finished, it holds everywhere."""
+    keys, begun = set(), set()
+    for able in (False, True):
         monkeypatch.setattr(train, "computes_bfloat16", lambda device, able=able: able)
-        keys[precision] = chosen(tiny_job, iterations=4).key
-        assert keys[precision] == chosen(tiny_job, iterations=4, precision=precision).key
-    assert keys["32"] != keys["bf16"]
+        job = chosen(tiny_job, iterations=4)
+        keys.add(job.key)
+        begun.add(job.checkpoint_key)
     monkeypatch.setattr(train, "choose_device", lambda name: torch.device("cuda", 1))
-    assert chosen(tiny_job, iterations=4, precision="32").key != keys["32"]
+    job = chosen(tiny_job, iterations=4)
+    keys.add(job.key)
+    begun.add(job.checkpoint_key)
+    assert (len(keys), len(begun)) == (1, 3)
 
 
 def test_half_precision_is_not_for_a_cpu(tiny_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
