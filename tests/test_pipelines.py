@@ -288,7 +288,9 @@ def test_real_nuclei_are_read_and_parted_again(real_data: Path, tmp_path: Path) 
         assert image.stem == folder.name
         sizes.add(nuclei.array.shape)
         assert nuclei.array.max() == len(list((folder / "masks").iterdir()))
-        scores.append(score_instances(separate(script.boundary_classes(nuclei.array, script.BOUNDARY_WIDTH), 1, 2), nuclei.array))
+        scores.append(
+            score_instances(separate(script.boundary_classes(nuclei.array, script.BOUNDARY_WIDTH), 1, 2), nuclei.array)
+        )
     assert {(256, 256, 1), (320, 256, 1)} < sizes  # columns before rows
     assert overlaps == ["1 pixels are in several masks"]
     f1 = InstanceMeans.of(scores).f1

@@ -265,9 +265,7 @@ def test_a_checkpoint_of_another_job_or_a_damaged_one_is_not_used(
     assert saving == [0, 0, 0, 0, 0]
 
 
-def test_a_checkpoint_belongs_to_the_arithmetic_of_its_machine(
-    tiny_job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_belongs_to_the_arithmetic_of_its_machine(tiny_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a training in bfloat16 would go on in float32 on another processor; once finished, it holds everywhere."""
     keys, begun = set(), set()
     for able in (False, True):
