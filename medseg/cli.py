@@ -341,6 +341,14 @@ def script_app(help_text: str, function: Callable[..., None]) -> typer.Typer:
     return script
 
 
+def end_script(evaluation: Evaluation) -> None:
+    """The last lines of a script, and its exit code: the notice, and every case that failed or was not scored."""
+    typer.echo(NOTICE)
+    for case, reason in {**evaluation.failed, **evaluation.unscored}.items():
+        typer.echo(f"failed: {case}: {reason}")
+    _end_with(evaluation)
+
+
 @app.command(epilog=_examples("medseg check Task04_Hippocampus", "medseg check Task04_Hippocampus --json"))
 @as_command
 def check(
@@ -554,8 +562,7 @@ def evaluate(
     result.save_csv(out / "scores.csv")
     _print_scores(result)
     _console(stderr=False).print(f"scores: {out / 'scores.csv'}")
-    if result.failed or result.unscored:
-        raise typer.Exit(3)
+    _end_with(result)
 
 
 @app.command(epilog=_examples("medseg download Task04 -o data"))
@@ -644,7 +651,12 @@ def _run(dataset: Path, out: Path | None, quiet: bool, **choices: Any) -> None:
     with Show(quiet) as show:
         result = run_pipeline(dataset, out or _default_out(dataset), progress=show, **choices)
     _print_run(result)
-    if result.evaluation.failed or result.evaluation.unscored:
+    _end_with(result.evaluation)
+
+
+def _end_with(evaluation: Evaluation) -> None:
+    """Exit code 3 where cases failed or could not be scored."""
+    if evaluation.failed or evaluation.unscored:
         raise typer.Exit(3)
 
 

@@ -132,7 +132,7 @@ def class_dice(
     """
     if prediction.shape != reference.shape:
         raise GeometryMismatch(where, f"has shape {prediction.shape}", f"{reference.shape} as the reference")
-    return joint_dice(_histogram(*_indices(prediction, reference, labels, where), labels.count))
+    return joint_dice(joint_histogram(*_indices(prediction, reference, labels, where), labels.count))
 
 
 def joint_dice(joint: NDArray[np.int64]) -> tuple[float | None, ...]:
@@ -156,7 +156,7 @@ def score_failure(
         InputError: the reference has a value without a name.
     """
     indices = labels.to_indices(reference, where)
-    counts = _histogram(indices, np.zeros_like(indices), labels.count + 1)[:, 0]
+    counts = joint_histogram(indices, np.zeros_like(indices), labels.count + 1)[:, 0]
     return tuple(
         ClassScore(
             name=name,
@@ -191,7 +191,7 @@ class _Pair:
     ) -> _Pair:
         r, p = _indices(prediction, reference, labels, where)
         boxes = tuple([None, *scipy.ndimage.find_objects(array, max_label=labels.count - 1)] for array in (r, p))
-        return cls(p, r, geometry, _histogram(r, p, labels.count), boxes)  # type: ignore[arg-type]
+        return cls(p, r, geometry, joint_histogram(r, p, labels.count), boxes)  # type: ignore[arg-type]
 
     def masks(self, members: tuple[int, ...]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Reference and prediction of the united indices, cut to the box around both."""
@@ -214,8 +214,8 @@ def _indices(
     return r, p
 
 
-def _histogram(first: NDArray[np.uint8], second: NDArray[np.uint8], n: int) -> NDArray[np.int64]:
-    """How many voxels have each pair of indices, (n, n)."""
+def joint_histogram(first: NDArray[np.uint8], second: NDArray[np.uint8], n: int) -> NDArray[np.int64]:
+    """How many voxels of two masks of indices below n, of two axes or more, have each pair of indices: (n, n)."""
     joint = np.zeros(n * n, dtype=np.int64)
     for a, b in zip(first, second, strict=True):  # slice by slice, as bincount makes 8 bytes of every voxel
         joint += np.bincount((a * np.uint16(n) + b).ravel(), minlength=n * n)

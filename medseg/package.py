@@ -136,7 +136,7 @@ def save_package(
     """Write a package; ``weights`` are safetensors files as bytes, one fold at least.
 
     The manifest comes last: until then a package that was in the folder before stays valid, and a crash leaves it so.
-    A Dice that was noted for the same weights is kept.
+    A fold's Dice is that of its record, or else the one that was noted in the folder for the same weights.
     """
     contents: dict[str, bytes] = {}
     noted = _noted_dice(folder)
@@ -147,7 +147,9 @@ def save_package(
         return name
 
     def place(fold: int, file: str) -> FoldRecord:
-        return folds[fold].model_copy(update={"weights": file, "dice": noted.get(file)})
+        record = folds[fold]
+        dice = noted.get(file) if record.dice is None else record.dice
+        return record.model_copy(update={"weights": file, "dice": dice})
 
     manifest = Manifest(
         name=name,

@@ -7,6 +7,8 @@ and ``axes`` have been applied.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -18,6 +20,11 @@ from medseg.volume import Labels
 ConfigurationName = Literal["2d", "3d_fullres", "3d_lowres"]
 Sizes = tuple[int, ...]
 Positive = Field(gt=0)
+
+
+def divisor_of(strides: Iterable[Iterable[int]]) -> Sizes:
+    """Product along each axis of the strides into the stages of a network."""
+    return tuple(math.prod(map(int, along)) for along in zip(*strides, strict=True))
 
 
 class Normalisation(Record):
@@ -105,10 +112,7 @@ class NetworkPlan(Record):
     @property
     def divisor(self) -> Sizes:
         """Size along each axis that every patch is a multiple of."""
-        result = [1] * len(self.strides[0])
-        for stride in self.strides:
-            result = [a * b for a, b in zip(result, stride, strict=True)]
-        return tuple(result)
+        return divisor_of(self.strides)
 
 
 class TrainingPlan(Record):

@@ -31,6 +31,7 @@ from medseg.plan import (
     Plan,
     Resampling,
     TrainingPlan,
+    divisor_of,
 )
 from medseg.volume import Labels
 
@@ -301,7 +302,7 @@ class Topology:
     @property
     def divisor(self) -> Sizes:
         """Size along each axis that the patch is a multiple of."""
-        return tuple(int(n) for n in np.prod(self.strides, axis=0))
+        return divisor_of(self.strides)
 
 
 def topology(spacing: Sequence[float] | Float, patch: Sequence[float] | NDArray[Any]) -> Topology:
@@ -323,7 +324,7 @@ def topology(spacing: Sequence[float] | Float, patch: Sequence[float] | NDArray[
         spacings = np.where(halved, spacings * 2, spacings)
         sizes = np.where(halved, np.ceil(sizes / 2), sizes)
     kernels.append(np.full(len(sizes), 3))
-    divisor = np.prod(strides, axis=0)
+    divisor = divisor_of(strides)
     padded = np.ceil(np.array(patch, dtype=float) / divisor) * divisor
     return Topology(_integers(padded), tuple(map(_integers, strides)), tuple(map(_integers, kernels)))
 
@@ -845,12 +846,10 @@ def _fit(plan: Plan, name: str, fields: Mapping[str, str], messages: list[str]) 
         usual = [(3,) * old.spatial_dims] * len(strides)
         result.setdefault("network.kernel_sizes", _json(usual))
     _fit_convs(old.network, len(strides), result)
-    divisor = np.prod(strides, axis=0)
+    divisor = divisor_of(strides)
     fitting = _integers(np.ceil(patch_goal / divisor) * divisor)
     if fitting != tuple(patch):
-        messages.append(
-            f"{name}: patch_size {_x(patch)} was rounded up to {_x(fitting)}, a multiple of {_x(divisor.tolist())}"
-        )
+        messages.append(f"{name}: patch_size {_x(patch)} was rounded up to {_x(fitting)}, a multiple of {_x(divisor)}")
     if "patch_size" in fields or fitting != old.patch_size:
         result["patch_size"] = _json(fitting)
     return result

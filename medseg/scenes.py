@@ -30,7 +30,7 @@ from medseg.engines import choose_device
 from medseg.errors import GeometryMismatch, InputError, PlanError, UnreadableFile
 from medseg.geometry import Reorientation
 from medseg.io.picture import picture_grid
-from medseg.metrics import joint_dice
+from medseg.metrics import joint_dice, joint_histogram
 from medseg.package import ModelPackage
 from medseg.plan import Configuration, Plan
 from medseg.preprocess import normalise
@@ -186,9 +186,9 @@ def scene_dice(prediction: Path, reference: Path, labels: Labels, *, window: int
             if not (found.almost_equals(expected, hair) if what == "transform" else found == expected):
                 raise GeometryMismatch(prediction, f"has {what} {found}", f"{expected} as {reference.name}")
         for place in _windows(first.shape, window):
-            p = labels.to_indices(_read(first, [1], *place, prediction), prediction).astype(np.intp)
-            r = labels.to_indices(_read(second, [1], *place, reference), reference)
-            joint += np.bincount((p * n + r).ravel(), minlength=n * n).reshape(n, n)
+            p = labels.to_indices(_read(first, [1], *place, prediction)[0], prediction)
+            r = labels.to_indices(_read(second, [1], *place, reference)[0], reference)
+            joint += joint_histogram(p, r, n)
     joint = joint[:, : labels.count]  # without what is ignored in the reference
     return dict(zip(labels.names, joint_dice(joint), strict=True))
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from medseg import io
 from medseg.errors import DatasetError, InputError
 from medseg.evaluate import Evaluation
-from medseg.io import nifti, picture
-from medseg.package import ModelPackage, load_package, note_dice, save_package, zip_package
+from medseg.io import nifti
+from medseg.package import ModelPackage, load_package, save_package, zip_package
 from medseg.pipeline import run, writing_to
 from medseg.plan import ConfigurationName, Plan
 from medseg.predict import Predictor, PredictSettings, volume_of
@@ -318,8 +318,7 @@ class _Image:
         """Whether it is a picture whose first axis runs down, where that of a Volume runs right."""
         if self.is_bare and self.partner is not None:
             return self.partner.rows_first
-        is_picture = bool(self.paths) and io.suffix_of(self.paths[0]) in picture.SUFFIXES
-        return self.spatial_dims == 2 and (self.is_bare or is_picture)
+        return self.spatial_dims == 2 and (self.is_bare or (bool(self.paths) and io.is_picture(self.paths[0])))
 
     @cached_property
     def volume(self) -> Volume:
@@ -436,4 +435,3 @@ def _write_package(package: ModelPackage, folder: Path) -> None:
     save_package(
         folder, manifest.name, package.plan, manifest.configuration, manifest.folds, weights, manifest.versions
     )
-    note_dice(folder, {fold: record.dice for fold, record in manifest.folds.items()})

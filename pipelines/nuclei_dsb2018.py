@@ -34,7 +34,7 @@ import typer
 from numpy.typing import NDArray
 
 import medseg
-from medseg.cli import NOTICE, Device, Overrides, Quiet, Seed, Show, TimeBudget, Verbose, script_app, train_settings
+from medseg.cli import Device, Overrides, Quiet, Seed, Show, TimeBudget, Verbose, end_script, script_app, train_settings
 from medseg.dataset import Dataset, Finding, Findings
 from medseg.errors import GeometryMismatch, InputError, MedsegError
 from medseg.geometry import Geometry
@@ -254,12 +254,7 @@ def command(
     for what, path in paths.items():
         if path.exists():  # there are no worst images where nothing was scored
             typer.echo(f"{what}: {path}")
-    typer.echo(NOTICE)
-    reasons = {**run.evaluation.failed, **run.evaluation.unscored}
-    for case, reason in reasons.items():
-        typer.echo(f"failed: {case}: {reason}")
-    if reasons:
-        raise typer.Exit(3)
+    end_script(run.evaluation)
 
 
 app = script_app(

@@ -28,7 +28,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 import medseg
-from medseg.cli import NOTICE, Device, Overrides, Quiet, Seed, Show, TimeBudget, Verbose, script_app, train_settings
+from medseg.cli import Device, Overrides, Quiet, Seed, Show, TimeBudget, Verbose, end_script, script_app, train_settings
 from medseg.dataset import Dataset
 from medseg.errors import InputError
 from medseg.package import load_package
@@ -130,12 +130,8 @@ def command(
     for name, value in dice.items():
         typer.echo(f"Dice of {name} in the scene: {'none there' if value is None else f'{value:.4f}'}")
     typer.echo(f"scene: {folder / SCENE}\nmask of the scene: {out / MASK}")
-    typer.echo(f"model package: {run.package}\nheld-out tiles: {out / 'summary.md'}\n{NOTICE}")
-    reasons = {**run.evaluation.failed, **run.evaluation.unscored}
-    for case, reason in reasons.items():
-        typer.echo(f"failed: {case}: {reason}")
-    if reasons:
-        raise typer.Exit(3)
+    typer.echo(f"model package: {run.package}\nheld-out tiles: {out / 'summary.md'}")
+    end_script(run.evaluation)
 
 
 app = script_app("Train on tiles of land and segment a scene that is larger than memory.", command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Sizes = int | Sequence[int]
 INSTANCE_NORM = ("INSTANCE", {"affine": True})
 LEAKY_RELU = ("LEAKYRELU", {"negative_slope": 0.01, "inplace": True})
+RELU = ("RELU", {"inplace": True})
 
 
 class Stage(NamedTuple):
@@ -184,11 +184,6 @@ def interpolated(x: Tensor, size: Sequence[int]) -> Tensor:
             x = torch.tensordot(x, F.interpolate(one, n, mode="linear")[0], ([axis], [0])).movedim(-1, axis)
         return x
     return F.interpolate(x, tuple(size), mode="bilinear" if x.ndim == 4 else "trilinear", align_corners=False)
-
-
-def divisor_of(stages: Sequence[Stage]) -> tuple[int, ...]:
-    """Product of the strides along each axis."""
-    return tuple(math.prod(along) for along in zip(*(stage.stride for stage in stages), strict=True))
 
 
 def initialise(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from medseg.networks.blocks import (
     ENCODER_STAGES,
     INSTANCE_NORM,
     LEAKY_RELU,
+    RELU,
     ConvBlock,
     Sizes,
     Stage,
@@ -29,12 +30,12 @@ from medseg.networks.blocks import (
     conv_stage,
     convolution,
     cropped,
-    divisor_of,
     initialise,
     padded,
     stages_of,
     transposed,
 )
+from medseg.plan import divisor_of
 
 PRESETS: Mapping[str, tuple[int, ...]] = {
     "original": (64, 128, 256, 512),
@@ -98,7 +99,7 @@ class UNet(nn.Module):
         self.spatial_dims = spatial_dims
         self.deep_supervision = deep_supervision
         self.checkpointing = checkpointing
-        self.divisor = divisor_of(stages)
+        self.divisor = divisor_of([stage.stride for stage in stages])
         conv = partial(ConvBlock, spatial_dims, norm=norm, act=act, dropout=dropout)
         self.encoder = nn.ModuleList()
         channels = in_channels
@@ -136,7 +137,7 @@ class UNet(nn.Module):
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         features = (*PRESETS[name], 2 * PRESETS[name][-1])
-        form = {"downsampling": "pool", "norm": "BATCH", "act": ("RELU", {"inplace": True}), **more}
+        form = {"downsampling": "pool", "norm": "BATCH", "act": RELU, **more}
         return cls(spatial_dims, in_channels, out_channels, features, **form)
 
     def _encoder_stage(
