@@ -115,7 +115,7 @@ class ModelPackage:
         """
         networks = []
         for fold, weights in sorted(self.weights.items()):
-            network = build_network(self.configuration, len(self.plan.channels), self.plan.labels.count)
+            network = build_network(self.configuration, self.plan.inputs(self.configuration), self.plan.outputs)
             try:
                 network.load_state_dict(dict(weights))
             except RuntimeError as failure:

@@ -17,7 +17,7 @@ from medseg.errors import PlanError
 from medseg.records import Record
 from medseg.volume import Labels
 
-ConfigurationName = Literal["2d", "3d_fullres", "3d_lowres"]
+ConfigurationName = Literal["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"]
 Sizes = tuple[int, ...]
 Positive = Field(gt=0)
 
@@ -53,15 +53,22 @@ class Resampling(Record):
         image: order within the plane, and along every axis of a grid that is not anisotropic.
         image_along_low: order along the axis of low resolution of an anisotropic grid.
         label: order for the labels (each label resampled by itself, the largest wins).
+        label_along_low: order for the labels along the axis of low resolution.
         logits: order for the network's output on the way back.
+        logits_along_low: order for the network's output along the axis of low resolution.
         anisotropy: a grid is anisotropic where its largest spacing is more than this many times its smallest.
+        separate: whether the axis of low resolution has orders of its own: where the grid is anisotropic (``auto``),
+            ``always`` or ``never``.
     """
 
     image: Literal[0, 1, 3] = 3
     image_along_low: Literal[0, 1, 3] = 0
     label: Literal[0, 1] = 1
+    label_along_low: Literal[0, 1] = 0
     logits: Literal[0, 1] = 1
+    logits_along_low: Literal[0, 1] = 0
     anisotropy: float = Field(default=3.0, gt=1)
+    separate: Literal["auto", "always", "never"] = "auto"
 
 
 RESENC_BLOCKS = (1, 3, 4, *[6] * 11)
@@ -78,7 +85,7 @@ class NetworkPlan(Record):
         strides: step into each stage (all ones for the first).
         convs_per_stage: convolutions (of a residual network: blocks) of the encoder stages, one number for all or one
             a stage.
-        decoder_convs: convolutions of each decoder stage.
+        decoder_convs: convolutions of each decoder stage, one number for all or one a stage.
         downsampling: into a stage by a ``stride`` of its first convolution, or by a max-``pool`` before it.
         norm: ``instance`` or ``batch``.
         act: ``leakyrelu`` (slope 0.01) or ``relu``.
@@ -91,7 +98,7 @@ class NetworkPlan(Record):
     kernel_sizes: tuple[Sizes, ...]
     strides: tuple[Sizes, ...]
     convs_per_stage: Annotated[int, Positive] | tuple[Annotated[int, Positive], ...] = 2
-    decoder_convs: int = Field(default=2, gt=0)
+    decoder_convs: Annotated[int, Positive] | tuple[Annotated[int, Positive], ...] = 2
     downsampling: Literal["stride", "pool"] = "stride"
     norm: Literal["instance", "batch"] = "instance"
     act: Literal["leakyrelu", "relu"] = "leakyrelu"
@@ -107,6 +114,8 @@ class NetworkPlan(Record):
             )
         if isinstance(self.convs_per_stage, tuple) and len(self.convs_per_stage) != len(self.features):
             raise ValueError(f"convs_per_stage needs one entry a stage; got {len(self.convs_per_stage)}")
+        if isinstance(self.decoder_convs, tuple) and len(self.decoder_convs) != len(self.features) - 1:
+            raise ValueError(f"decoder_convs needs one entry a decoder stage; got {len(self.decoder_convs)}")
         return self
 
     @property
@@ -153,17 +162,18 @@ class Configuration(Record):
     """One way to look at the data: slices (2d), or volumes at full or low resolution.
 
     Attributes:
-        spacing_mm: of the plan grid, in plan order; for 2d the first entry is None: slices keep their distance.
+        spacing_mm: of the plan grid, in plan order; None keeps each image's own: for 2d along the first axis.
         median_shape: median of the cases' shapes on the plan grid, in plan order.
         patch_size: one entry a spatial dimension of the network, a multiple of ``network.divisor``.
         batch_size: patches of one training step.
         batch_dice: Dice over the whole batch rather than for each patch.
         mirror_axes: axes of the patch (0 first) that may be mirrored, in training and in prediction.
         estimated_memory_mb: what one training step is estimated to take.
+        previous: the configuration whose mask the network sees beside the image, one channel a class (a cascade).
     """
 
     spatial_dims: Literal[2, 3]
-    spacing_mm: tuple[float | None, float, float]
+    spacing_mm: tuple[float | None, float | None, float | None]
     median_shape: tuple[int, int, int]
     patch_size: Sizes
     batch_size: int = Field(gt=0)
@@ -172,6 +182,7 @@ class Configuration(Record):
     network: NetworkPlan
     training: TrainingPlan
     estimated_memory_mb: float = Field(gt=0)
+    previous: ConfigurationName | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -196,11 +207,17 @@ class Plan(Record):
         fingerprint_digest: of the fingerprint that the plan was made from.
         device: ``cpu`` or ``gpu``: what the recipe is meant for.
         memory_budget_mb: what one training step may take.
-        orientation: of the plan grid, before ``axes``.
+        orientation: of the plan grid, before ``axes``; ``stored`` takes the voxel axes as they lie in the file, neither
+            turned nor straightened, as nnU-Net does.
         axes: order in which the axes of that orientation become the plan's axes (slowest, lowest resolution first).
         channels: names, in order.
         normalisation: one a channel.
         labels: what is segmented.
+        region_order: empty where the network gives one channel a class (softmax, the largest wins). Else it gives one
+            a region of ``labels.regions`` (sigmoid, positive logits win), and this is the integer that each paints, a
+            later one over an earlier.
+        keep_largest: groups of label integers, done in order: of the voxels of a group only the largest connected
+            component is kept.
         configurations: by name.
         reasons: dotted field name -> why it is what it is.
     """
@@ -215,6 +232,8 @@ class Plan(Record):
     normalisation: tuple[Normalisation, ...]
     resampling: Resampling = Resampling()
     labels: Labels
+    region_order: tuple[int, ...] = ()
+    keep_largest: tuple[tuple[int, ...], ...] = ()
     configurations: dict[ConfigurationName, Configuration]
     reasons: dict[str, str] = {}
 
@@ -226,7 +245,23 @@ class Plan(Record):
             raise ValueError(
                 f"{len(self.channels)} channels need as many normalisations, not {len(self.normalisation)}"
             )
+        if self.region_order and len(self.region_order) != len(self.labels.regions):
+            raise ValueError(f"region_order needs one integer a region; got {self.region_order}")
+        unknown = {*self.region_order, *(v for group in self.keep_largest for v in group)} - {
+            *self.labels.values.values()
+        }
+        if unknown:
+            raise ValueError(f"region_order and keep_largest use integers {sorted(unknown)} that no label has")
         return self
+
+    @property
+    def outputs(self) -> int:
+        """Channels that the networks give: one a region, or one a class with the background."""
+        return len(self.region_order) or self.labels.count
+
+    def inputs(self, configuration: Configuration) -> int:
+        """Channels that a network takes: those of the image, and in a cascade one a class of the earlier mask."""
+        return len(self.channels) + (self.labels.count - 1 if configuration.previous else 0)
 
     def configuration(self, name: str) -> Configuration:
         """The configuration of that name.

@@ -8,17 +8,41 @@ which nnU-Net uses: outer voxel edges stay in place, values beyond the border re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor
 
 from medseg.plan import Resampling
 
 Float32 = NDArray[np.float32]
 Orders = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Finished logits of a part of an array: planes across one axis, in whole or a block of their rows.
+
+    Slabs come in order: along ``axis`` from its first plane to its last; where planes are cut into blocks of rows, so
+    for each block anew, and each block but the last ends with the first row of the next.
+
+    Attributes:
+        axis: spatial axis (0, 1 or 2) that the planes are across.
+        start, stop: planes.
+        rows: first row and end of the rows, along the first of the other two axes.
+        logits: float32 (planes, rows, columns, classes), on the device of the network. Only valid until the next slab
+            is asked for: its memory is used again.
+    """
+
+    axis: int
+    start: int
+    stop: int
+    rows: tuple[int, int]
+    logits: Tensor
 
 
 def axis_orders(

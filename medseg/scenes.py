@@ -214,7 +214,7 @@ def _turn(plan: Plan, setup: Configuration) -> Reorientation:
     if setup.spatial_dims != 2 or turn.axes[0] != 2 or any(size % 2 for size in setup.patch_size):
         remedy = "train configuration 2d on pictures, with a patch of even size"
         raise PlanError("plan", "is none of pictures", "a network of slices", remedy)
-    if not np.allclose(setup.spacing_mm[1:], 1.0):
+    if any(mm is not None and not np.isclose(mm, 1.0) for mm in setup.spacing_mm[1:]):
         raise PlanError("spacing_mm", f"{setup.spacing_mm[1:]}", "1 mm, as pictures have", "a scene is not resampled")
     return turn
 

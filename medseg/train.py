@@ -182,7 +182,7 @@ class Job:
     def network(self) -> nn.Module:
         """The network, freshly initialised."""
         return build_network(
-            self.setup, len(self.plan.channels), self.plan.labels.count, checkpointing=self.settings.checkpointing
+            self.setup, self.plan.inputs(self.setup), self.plan.outputs, checkpointing=self.settings.checkpointing
         )
 
 
@@ -190,11 +190,15 @@ def refuse_impossible(plan: Plan, configuration: str) -> None:
     """Build the network and the loss of a plan, without any memory, so that a typo is found before cases are prepared.
 
     Raises:
-        PlanError: no such configuration, network or loss, or sizes that the network cannot have.
+        PlanError: no such configuration, network or loss, or sizes that the network cannot have; regions, or a
+            cascade, which can be imported and predict, but not be trained here.
     """
     setup = plan.configuration(configuration)
+    if plan.region_order or setup.previous:
+        what = "region_order" if plan.region_order else "previous"
+        raise PlanError(f"plan.{what}", "is set", "a network of classes that sees the image alone, to be trained here")
     with torch.device("meta"):
-        build_network(setup, len(plan.channels), plan.labels.count)
+        build_network(setup, plan.inputs(setup), plan.outputs)
     build_loss(setup.training.loss, batch=setup.batch_dice, ignore_index=plan.labels.ignore_index)
 
 
