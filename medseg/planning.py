@@ -331,12 +331,12 @@ def topology(spacing: Sequence[float] | Float, patch: Sequence[float] | NDArray[
 
 @dataclass(frozen=True)
 class _Maps:
-    """Feature maps of one patch; one entry a stage, highest resolution first."""
+    """Feature maps of one patch; one entry a stage (``decoder_convs``: a decoder stage), highest resolution first."""
 
     voxels: Float
     features: Float
     convs: Float
-    decoder_convs: int
+    decoder_convs: Float
     classes: int
 
     @property
@@ -349,7 +349,7 @@ class _Maps:
 
     def decoder(self) -> float:
         """Transposed convolutions, convolutions, and the classes of the last layer."""
-        return float((self.decoder_convs + 1) * self.values[:-1].sum() + self.classes * self.voxels[0])
+        return float(((self.decoder_convs + 1) * self.values[:-1]).sum() + self.classes * self.voxels[0])
 
     def unet(self) -> float:
         return self.encoder() + self.decoder()
@@ -366,8 +366,9 @@ class _Maps:
     def unet_plus_plus(self) -> float:
         """A decoder for each depth, whose nodes keep a copy of every map that they take beyond two."""
         depth = len(self.values) - 1
+        each = self.values[:-1]
         nodes = sum(
-            (self.decoder_convs + column) * self.values[: depth + 1 - column].sum() for column in range(1, depth + 1)
+            ((self.decoder_convs + column) * each)[: depth + 1 - column].sum() for column in range(1, depth + 1)
         )
         return float(self.encoder() + nodes + self.classes * self.voxels[0])
 
@@ -395,7 +396,7 @@ def feature_values(
     features: Sequence[int],
     convs: int | Sequence[int],
     classes: int,
-    decoder_convs: int = 2,
+    decoder_convs: int | Sequence[int] = 2,
     name: str = "unet",
 ) -> float:
     """Numbers in all feature maps of one patch.
@@ -405,13 +406,14 @@ def feature_values(
         features: one entry a stage.
         convs: convolutions (of a residual network: blocks) of the encoder stages, one number or one a stage.
         classes: of the last layer.
-        decoder_convs: convolutions of each decoder stage.
+        decoder_convs: convolutions of the decoder stages, one number or one a stage.
         name: of the architecture; one that is not known here counts as a U-Net.
     """
     voxels = np.prod(shape.patch) / np.cumprod([np.prod(stride) for stride in shape.strides])
     widths = np.array(features, dtype=float)
     each = np.broadcast_to(np.array(convs, dtype=float), widths.shape)
-    return _COUNTS.get(name, _Maps.unet)(_Maps(voxels, widths, each, decoder_convs, classes))
+    below = np.broadcast_to(np.array(decoder_convs, dtype=float), widths[:-1].shape)
+    return _COUNTS.get(name, _Maps.unet)(_Maps(voxels, widths, each, below, classes))
 
 
 def _features(profile: DeviceProfile, dims: int, stages: int) -> Sizes:
@@ -861,7 +863,8 @@ def _fit_convs(old: NetworkPlan, stages: int, fields: dict[str, str]) -> None:
     convs: int | Sizes = RESENC_BLOCKS[:stages] if name == "residual_unet" else 2
     decoder_convs = 1 if name == "residual_unet" else 2
     another = name != old.name
-    if another and decoder_convs != old.decoder_convs:
+    misfit = isinstance(old.decoder_convs, tuple) and len(old.decoder_convs) != stages - 1
+    if (another and decoder_convs != old.decoder_convs) or misfit:
         fields.setdefault("network.decoder_convs", _json(decoder_convs))
     misfit = isinstance(old.convs_per_stage, tuple) and len(old.convs_per_stage) != stages
     if (another and convs != old.convs_per_stage) or misfit:

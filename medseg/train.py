@@ -33,7 +33,7 @@ from medseg import io
 from medseg.checkpoint import State, on_host, resume, save_checkpoint
 from medseg.dataset import Case
 from medseg.engines import choose_device, computes_bfloat16, keep_freed_memory
-from medseg.errors import InputError, TrainingError
+from medseg.errors import InputError, PlanError, TrainingError
 from medseg.losses import build_loss, build_target
 from medseg.metrics import class_dice
 from medseg.networks import build_network

@@ -113,12 +113,14 @@ def test_estimates_by_hand() -> None:
     # 16 x 8 pixels, features 2, 4 and 6 at steps of 2: 128, 32 and 8 voxels, maps of 256, 128 and 48 numbers
     shape = Topology((16, 8), ((1, 1), (2, 2), (2, 2)), ((3, 3),) * 3)
 
-    def values(name: str, convs: int | tuple[int, ...] = 2, decoder_convs: int = 2) -> float:
+    def values(name: str, convs: int | tuple[int, ...] = 2, decoder_convs: int | tuple[int, ...] = 2) -> float:
         return feature_values(shape, (2, 4, 6), convs, 3, decoder_convs, name)
 
     plain = 2 * (256 + 128 + 48) + 3 * (256 + 128) + 3 * 128
     assert values("unet") == values("a network of one's own") == plain == 2400
     assert values("unet", (1, 2, 3), 1) == 256 + 2 * 128 + 3 * 48 + 2 * (256 + 128) + 3 * 128
+    assert values("unet", 2, (3, 1)) == 2 * (256 + 128 + 48) + 4 * 256 + 2 * 128 + 3 * 128
+    assert values("unet_plus_plus", 2, (3, 1)) == 2 * (256 + 128 + 48) + 4 * 256 + 2 * 128 + 5 * 256 + 3 * 128
     # a stem; two convolutions a block; a shortcut where a stage begins, but for the first
     assert values("residual_unet", (1, 3, 4), 1) == 256 + 2 * 256 + 7 * 128 + 9 * 48 + 2 * (256 + 128) + 3 * 128
     # on the grid below theta, phi and psi (1 + 1 + 1 and 2 + 2 + 1 a voxel); here the attention and the gated skip
@@ -424,7 +426,7 @@ def test_every_plan_is_valid_and_explained(
         divisor = configuration.network.divisor
         assert all(p % d == 0 for p, d in zip(configuration.patch_size, divisor, strict=True))
         assert len(configuration.network.strides) > 1
-        decided = (set(Configuration.model_fields) - {"spatial_dims", "network"}) | {
+        decided = (set(Configuration.model_fields) - {"spatial_dims", "network", "previous"}) | {
             f"network.{field}" for field in ("name", "features", "kernel_sizes", "strides", "deep_supervision")
         }
         assert {f"configurations.{name}.{field}" for field in decided} <= set(made.reasons)

@@ -55,7 +55,7 @@ class AttentionUNet(UNet):
     F / 2 (F x the stride's voxels + F' + 2) + 1 parameters, F' those of the stage below.
     """
 
-    def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: int) -> None:
+    def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: Sequence[int]) -> None:
         super()._build_decoder(conv, stages, convs)
         self.gates = nn.ModuleList(AttentionGate(high, low) for high, low in itertools.pairwise(stages))
 

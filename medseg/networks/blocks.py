@@ -50,7 +50,7 @@ def stages_of(
     count = len(features)
     kernels = [_per_axis(k, spatial_dims) for k in (kernel_sizes or [3] * count)]
     steps = [_per_axis(s, spatial_dims) for s in (strides or [1] + [2] * (count - 1))]
-    convs = list(convs_per_stage) if isinstance(convs_per_stage, Iterable) else [convs_per_stage] * count
+    convs = each_of(convs_per_stage, count)
     if not len(kernels) == len(steps) == len(convs) == count >= 2:
         raise ValueError(
             "features, kernel_sizes, strides and convs_per_stage need one entry a stage, and two stages at least; "
@@ -59,6 +59,11 @@ def stages_of(
     if any(n != 1 for n in steps[0]) or any(k % 2 == 0 for kernel in kernels for k in kernel):
         raise ValueError(f"the first stride must be 1 and kernels odd; got {steps[0]} and {kernels}")
     return [Stage(*parts) for parts in zip(features, kernels, steps, convs, strict=True)]
+
+
+def each_of(convs: int | Sequence[int], count: int) -> list[int]:
+    """Numbers of convolutions as given one by one, or the one number for all of ``count`` stages."""
+    return list(convs) if isinstance(convs, Iterable) else [convs] * count
 
 
 def _per_axis(size: Sizes, spatial_dims: int) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ class SatelliteSegmenter(UNet):
     those of the levels themselves.
     """
 
-    def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: int) -> None:
+    def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: Sequence[int]) -> None:
         super()._build_decoder(conv, stages, convs)
         first = stages[0]
         plain = convolution(self.spatial_dims)

@@ -94,7 +94,7 @@ class ResidualUNet(UNet):
         out_channels: channels of the logits.
         features: channels of each stage, highest resolution first.
         convs_per_stage: residual blocks of the encoder stages, one number or one a stage; by default ResEnc's.
-        decoder_convs: convolutions of each decoder stage.
+        decoder_convs: convolutions of the decoder stages, one number or one a stage, highest resolution first.
         more: the other arguments of ``UNet``, by name.
     """
 
@@ -106,7 +106,7 @@ class ResidualUNet(UNet):
         features: Sequence[int] = (32, 64, 128, 256, 320, 320),
         *,
         convs_per_stage: int | Sequence[int] | None = None,
-        decoder_convs: int = 1,
+        decoder_convs: int | Sequence[int] = 1,
         **more: Any,
     ) -> None:
         blocks = RESENC_BLOCKS[: len(features)] if convs_per_stage is None else convs_per_stage

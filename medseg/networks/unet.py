@@ -30,6 +30,7 @@ from medseg.networks.blocks import (
     conv_stage,
     convolution,
     cropped,
+    each_of,
     initialise,
     padded,
     stages_of,
@@ -64,7 +65,7 @@ class UNet(nn.Module):
         kernel_sizes: kernel of each stage's convolutions, one for all axes or one an axis. Odd.
         strides: step into each stage; the first is 1.
         convs_per_stage: convolutions of the encoder stages, one number or one a stage.
-        decoder_convs: convolutions of each decoder stage.
+        decoder_convs: convolutions of the decoder stages, one number or one a stage, highest resolution first.
         downsampling: into a stage by a ``stride`` of its first convolution, or by a max-``pool`` before it.
         norm: MONAI's norm specification.
         act: MONAI's activation specification.
@@ -86,7 +87,7 @@ class UNet(nn.Module):
         kernel_sizes: Sequence[Sizes] | None = None,
         strides: Sequence[Sizes] | None = None,
         convs_per_stage: int | Sequence[int] = 2,
-        decoder_convs: int = 2,
+        decoder_convs: int | Sequence[int] = 2,
         downsampling: Literal["stride", "pool"] = "stride",
         norm: Any = INSTANCE_NORM,
         act: Any = LEAKY_RELU,
@@ -106,7 +107,10 @@ class UNet(nn.Module):
         for stage in stages:
             self.encoder.append(self._encoder_stage(conv, channels, stage, downsampling))
             channels = stage.features
-        self._build_decoder(conv, stages, decoder_convs)
+        convs = each_of(decoder_convs, len(stages) - 1)
+        if len(convs) != len(stages) - 1:
+            raise ValueError(f"decoder_convs needs one entry a decoder stage, {len(stages) - 1}; got {len(convs)}")
+        self._build_decoder(conv, stages, convs)
         levels = self._levels(stages)[: None if deep_supervision else 1]
         self.heads = nn.ModuleList(self._head(conv, level, out_channels) for level in levels)
         self.apply(initialise)
@@ -145,12 +149,12 @@ class UNet(nn.Module):
     ) -> nn.Module:
         return ENCODER_STAGES[downsampling](conv, channels, stage)
 
-    def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: int) -> None:
+    def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: Sequence[int]) -> None:
         """The modules of the decoder, highest resolution first."""
         self.upsample, self.decoder = nn.ModuleList(), nn.ModuleList()
-        for high, low in itertools.pairwise(stages):
+        for (high, low), count in zip(itertools.pairwise(stages), convs, strict=True):
             self.upsample.append(transposed(self.spatial_dims)(low.features, high.features, low.stride, low.stride))
-            self.decoder.append(conv_stage(conv, 2 * high.features, high._replace(stride=high.ones, convs=convs)))
+            self.decoder.append(conv_stage(conv, 2 * high.features, high._replace(stride=high.ones, convs=count)))
 
     def _levels(self, stages: Sequence[Stage]) -> list[Stage]:
         """The stages whose features ``decode`` returns, in its order."""

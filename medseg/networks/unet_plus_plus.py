@@ -26,20 +26,20 @@ class UNetPlusPlus(UNet):
     every level, as by ``medseg.losses``.
     """
 
-    def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: int) -> None:
+    def _build_decoder(self, conv: Callable[..., ConvBlock], stages: Sequence[Stage], convs: Sequence[int]) -> None:
         """Modules by column, within it highest resolution first."""
         self.upsample, self.decoder = nn.ModuleList(), nn.ModuleList()
-        pairs = list(itertools.pairwise(stages))
+        pairs = list(zip(itertools.pairwise(stages), convs, strict=True))
         up = transposed(self.spatial_dims)
         for column in range(1, len(stages)):
             rows = pairs[: len(stages) - column]
             self.upsample.append(
-                nn.ModuleList(up(low.features, high.features, low.stride, low.stride) for high, low in rows)
+                nn.ModuleList(up(low.features, high.features, low.stride, low.stride) for (high, low), _ in rows)
             )
             self.decoder.append(
                 nn.ModuleList(
-                    conv_stage(conv, (column + 1) * high.features, high._replace(stride=high.ones, convs=convs))
-                    for high, _ in rows
+                    conv_stage(conv, (column + 1) * high.features, high._replace(stride=high.ones, convs=count))
+                    for (high, _), count in rows
                 )
             )
 

@@ -243,3 +243,12 @@ def test_initialised_as_he_et_al_say() -> None:
 def test_impossible_sizes_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         unet(**arguments)
+
+
+def test_every_decoder_stage_has_its_own_number_of_convolutions() -> None:
+    network = unet(decoder_convs=(3, 1))
+    assert [len(stage) for stage in network.decoder] == [3, 1]  # type: ignore[arg-type]
+    whole = unet(decoder_convs=2).state_dict()
+    assert unet(decoder_convs=(2, 2)).state_dict().keys() == whole.keys()
+    with pytest.raises(ValueError, match="one entry a decoder stage, 2; got 3"):
+        unet(decoder_convs=(1, 1, 1))
