@@ -12,28 +12,30 @@ the device. How far its logits may lie from those of torch in float32:
                     network, and kept beside it as ``Quantisation``
 ==================  ==============================================================================================
 
-They hold for logits of the order of 10 in precision ``32``; ``bf16`` and ``16`` multiply with 8 and 11 significant bits.
+They hold for logits of the order of 10 in precision ``32``; ``bf16`` and ``16`` multiply with 8 and 11 bits.
 
-A network is quantised once: ``quantised`` finds it in a folder beside its package, where every file is checked by its
-digest, or makes it from calibration tiles and puts it there. Neither OpenVINO nor NNCF reports to its makers from here.
+A network is quantised once: ``quantised_network`` finds it in a folder beside its package, where each file is checked by
+its digest, or makes it from calibration tiles and puts it there. Neither OpenVINO nor NNCF reports home from here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import io
 import itertools
 import logging
+import math
 import platform
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medseg.errors import InputError
-from medseg.records import Record, digest_file, write_bytes
+from medseg.records import Record, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +55,9 @@ Engine = Callable[[Tensor], Tensor]
 ENGINES: tuple[str, ...] = ("eager", "compiled", "onnx", "openvino", "openvino-int8")
 PRECISIONS: tuple[str, ...] = ("32", "bf16", "16")
 CALIBRATION_TILES = 32
-_CPU_ONLY = ("onnx", "openvino", "openvino-int8")
 _EXTRAS = {"onnx": "onnx", "openvino": "openvino", "openvino-int8": "int8"}
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
+_SUFFIXES = (".xml", ".bin")
 _MOMENT_MS = 200
 """For so long an engine computes before it looks whether it is asked to stop."""
 
@@ -106,47 +108,232 @@ def build_engine(
     precision: str = "32",
     quantised: Quantised | None = None,
 ) -> Engine:
-    """A network as a plain callable.
+    """A network as a plain callable, for one thread at a time.
 
     Args:
         name: one of ``ENGINES``.
         network: is put on the device, in evaluation mode.
         channels: of its input.
-        patch_size: two or three sizes; ``onnx`` and ``openvino`` take no other.
+        patch_size: two or three sizes; ``onnx`` and ``openvino`` take no other. Any number of patches at once.
         device: where tensors come from and go to.
-        precision: ``32``; ``bf16``, or on a GPU ``16``, for products in fewer bits.
+        precision: ``32``; ``bf16``, or on a GPU ``16``, for products in fewer bits. ``onnx`` has 32 alone.
         quantised: the network in 8 bits, which ``openvino-int8`` needs.
 
     Raises:
-        InputError: there is no such engine or precision, not on this device, its extra is not installed, or (compiled)
-            there is no compiler.
+        InputError: there is no such engine or precision, not on this device, its extra is not installed, it cannot
+            run this network, or (compiled) there is no compiler.
     """
-    raise NotImplementedError
+    _check(name, device, precision)
+    network = network.to(device).eval()
+    if name == "openvino-int8":
+        if quantised is None:
+            raise ValueError("openvino-int8 needs the quantised network")
+        model = _openvino(name).Core().read_model(quantised.topology, quantised.weights)
+        return _openvino_engine(model, precision)
+    if name == "openvino":
+        return _openvino_engine(_converted(network, channels, patch_size, name), precision)
+    if name == "onnx":
+        return _onnx_engine(network, channels, patch_size)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if name == "compiled":
+        return _compiled(network, torch.zeros(1, channels, *patch_size, device=device), precision)
+    return _torch_engine(network, device, precision)
 
 
 def default_engine(device: torch.device) -> str:
     """The fastest engine that keeps the labels: ``openvino`` on a CPU where it is installed, else ``eager``."""
-    raise NotImplementedError
+    return "openvino" if device.type == "cpu" and importlib.util.find_spec("openvino") else "eager"
+
+
+def _check(name: str, device: torch.device, precision: str) -> None:
+    if name not in ENGINES:
+        raise InputError("--engine", f"there is no {name!r}", " or ".join(ENGINES))
+    if name in _EXTRAS and device.type != "cpu":
+        raise InputError(
+            "--engine", f"{name!r} runs on a CPU, not on {device}", "eager or compiled", "add --device cpu"
+        )
+    allowed = ("32",) if name == "onnx" else ("32", "bf16") if device.type == "cpu" else PRECISIONS
+    if precision not in allowed:
+        raise InputError("--precision", f"{precision!r} is not for {name} on {device}", " or ".join(allowed))
+
+
+def _brought(module: str, name: str) -> Any:
+    """A module of an extra."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own dependencies
+            return importlib.import_module(module)
+    except ImportError as failure:
+        remedy = f'pip install "medseg[{_EXTRAS[name]}]"'
+        raise InputError("--engine", f"{name!r} cannot be used: {failure}", f"{module} installed", remedy) from None
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Neither warnings nor messages of a library that writes progress and advice for its own users to the terminal."""
+    its_log = logging.getLogger(logger)
+    level = its_log.level
+    its_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        its_log.setLevel(level)
+
+
+# ---- torch ---------------------------------------------------------------------------------------------------------
+
+
+def _torch_engine(network: Callable[[Tensor], Tensor], device: torch.device, precision: str) -> Engine:
+    def run(x: Tensor) -> Tensor:
+        fewer = torch.autocast(device.type, _DTYPES.get(precision), enabled=precision != "32")
+        with torch.inference_mode(), fewer:
+            return network(x).float()
+
+    return run
+
+
+def _compiled(network: nn.Module, x: Tensor, precision: str) -> Engine:
+    """The compiled network, compiled for patches like ``x`` now rather than at the first tile."""
+    engine = _torch_engine(torch.compile(network), x.device, precision)
+    try:
+        engine(x)
+    except RuntimeError as failure:  # torch's own errors of compilation are RuntimeErrors
+        reason = str(failure).strip().splitlines()[0]
+        raise InputError("--engine", f"cannot compile: {reason}", "a C++ compiler", "use --engine eager") from failure
+    return engine
+
+
+# ---- ONNX Runtime --------------------------------------------------------------------------------------------------
+
+
+def _onnx_engine(network: nn.Module, channels: int, patch_size: Sequence[int]) -> Engine:
+    for module in ("onnx", "onnxscript"):
+        _brought(module, "onnx")
+    runtime = _brought("onnxruntime", "onnx")
+    runtime.disable_telemetry_events()  # of Windows
+    with _quiet("torch.onnx"), torch.no_grad():
+        program = torch.onnx.export(network, (torch.zeros(1, channels, *patch_size),), dynamo=True, verbose=False)
+    if program is None:  # pragma: no cover - for the type checker: what the exporter of before returned
+        raise ValueError("nothing was exported")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    model = program.model_proto.SerializeToString()
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    given = session.get_inputs()[0].name
+
+    def run(x: Tensor) -> Tensor:
+        return torch.cat([torch.from_numpy(session.run(None, {given: one.numpy()})[0]) for one in torch.split(x, 1)])
+
+    return run
+
+
+# ---- OpenVINO ------------------------------------------------------------------------------------------------------
+
+
+def _openvino(name: str) -> Any:
+    """OpenVINO, unable to report home."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # both it and NNCF go without it
+    if sender := sys.modules.get("openvino_telemetry.utils.sender"):  # the surrounding program brought it already
+        sender.TelemetrySender.send = lambda *_: None
+    return _brought("openvino", name)
+
+
+def _converted(network: nn.Module, channels: int, patch_size: Sequence[int], name: str) -> Any:
+    """The network as an OpenVINO model of one patch."""
+    openvino = _openvino(name)
+    x = torch.zeros(1, channels, *patch_size)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # sizes become constants, as they shall
+        # traced here: OpenVINO would have torch check it by two more runs, and holds the network's MetaTensors for odd
+        traced = torch.jit.trace(network.cpu().eval(), x, check_trace=False)  # type: ignore[no-untyped-call]
+        return openvino.convert_model(traced, example_input=x, input=[tuple(x.shape)])
+
+
+def _openvino_engine(model: Any, precision: str) -> Engine:
+    """An OpenVINO model of one patch as an engine, its logits channels last in memory."""
+    openvino = _openvino("openvino")
+    last = _brought("openvino.preprocess", "openvino").PrePostProcessor(model)
+    axes = "DHW"[5 - len(model.output().shape) :]
+    last.output().model().set_layout(openvino.Layout(f"NC{axes}"))
+    last.output().tensor().set_layout(openvino.Layout(f"N{axes}C"))
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",  # bf16 by itself where there is AMX
+        "ENABLE_CPU_PINNING": False,  # two programs would take the same cores
+    }
+    compiled = openvino.Core().compile_model(last.build(), "CPU", settings)
+    request = compiled.create_infer_request()
+    shape = tuple(compiled.output().shape)[1:]
+
+    def run(x: Tensor) -> Tensor:
+        logits = torch.empty(len(x), *shape)
+        for one, out in zip(torch.split(x.contiguous(), 1), torch.split(logits, 1), strict=True):
+            request.set_input_tensor(openvino.Tensor(one.numpy(), shared_memory=True))
+            request.set_output_tensor(openvino.Tensor(out.numpy(), shared_memory=True))
+            _wait(request)
+        return logits.movedim(-1, 1)
+
+    return run
+
+
+def _wait(request: Any) -> None:
+    """Run a request so that Ctrl-C is heard while it computes: Python hears signals between its own steps alone."""
+    request.start_async()
+    try:
+        while not request.wait_for(_MOMENT_MS):
+            pass
+    except BaseException:
+        request.cancel()
+        raise
+
+
+# ---- 8-bit integers ------------------------------------------------------------------------------------------------
 
 
 def tiles_of(image: Float32, patch_size: Sequence[int], count: int = CALIBRATION_TILES) -> list[Float32]:
-    """Up to ``count`` tiles (C, *patch) spread evenly over a prepared image (C, D, H, W): the same ones every time."""
-    raise NotImplementedError
+    """Up to ``count`` tiles (C, *patch) spread at random over a prepared image (C, D, H, W): the same every time.
+
+    Of the tiles that half overlap and cover the image; one smaller than a patch has zeros around it.
+    """
+    patch = (1, *patch_size)[-3:]
+    missing = [max(0, p - n) for p, n in zip(patch, image.shape[1:], strict=True)]
+    image = np.pad(image, [(0, 0), *((m // 2, m - m // 2) for m in missing)])
+    steps = [range(0, n - p + 1, max(1, p // 2)) for n, p in zip(image.shape[1:], patch, strict=True)]
+    corners = list(itertools.product(*steps))
+    chosen = np.random.default_rng(0).permutation(len(corners))[:count]
+    places = ([slice(c, c + p) for c, p in zip(corners[n], patch, strict=True)] for n in chosen)
+    return [np.ascontiguousarray(image[(slice(None), *place)].reshape(-1, *patch_size)) for place in places]
 
 
 def quantise_network(
     network: nn.Module, channels: int, patch_size: Sequence[int], tiles: Sequence[Float32]
 ) -> Quantised:
-    """A network in 8-bit integers, calibrated on tiles (C, *patch) of prepared cases."""
-    raise NotImplementedError
+    """A network in 8-bit integers, calibrated on tiles (C, *patch) of prepared cases.
+
+    Raises:
+        InputError: OpenVINO or NNCF is not installed.
+    """
+    openvino = _openvino("openvino-int8")
+    nncf = _brought("nncf", "openvino-int8")
+    model = _converted(network, channels, patch_size, "openvino-int8")
+    with _quiet("nncf"), tempfile.TemporaryDirectory() as folder:
+        small = nncf.quantize(model, nncf.Dataset([tile[np.newaxis] for tile in tiles]), subset_size=len(tiles))
+        path = Path(folder, "network.xml")
+        openvino.save_model(small, path, compress_to_fp16=False)
+        return Quantised(path.read_bytes(), path.with_suffix(".bin").read_bytes())
 
 
 def int8_folder(package: Path) -> Path:
-    """Where the quantised networks of a package are kept: inside its folder, or beside its zip."""
-    raise NotImplementedError
+    """Where the quantised networks of a package are kept: ``int8`` in its folder, or ``NAME-int8`` beside its zip."""
+    return package / "int8" if package.is_dir() else package.with_name(f"{package.stem}-int8")
 
 
-def quantised(
+def quantised_network(
     network: nn.Module,
     channels: int,
     patch_size: Sequence[int],
@@ -157,20 +344,116 @@ def quantised(
     cases: Sequence[str],
     regions: bool = False,
 ) -> Quantised:
-    """The quantised network of a digest: from the folder, or made of tiles and kept there.
+    """The quantised network of a digest: from the folder, or else made of tiles and kept there.
 
     What is in the folder is verified; where it is damaged it is made anew, and where the folder cannot be written to it
     is kept in memory only, both with a warning.
 
     Args:
-        network, channels, patch_size: as for ``build_engine``.
+        network: in evaluation mode on the CPU.
+        channels: of its input.
+        patch_size: two or three sizes.
         digest: of the package with this network alone (``ModelPackage.only(fold).digest``).
         folder: ``int8_folder`` of the package; None keeps nothing.
         tiles: called where calibration is needed: (C, *patch) each, as from ``tiles_of``.
         cases: ids of the cases that the tiles are of, for the record.
         regions: whether channels are regions (positive logits win) rather than classes (the largest wins).
+
+    Raises:
+        InputError: OpenVINO or NNCF is not installed.
     """
-    raise NotImplementedError
+    known = load_quantised(folder, digest) if folder else None
+    if known:
+        return known[0]
+    chosen = tiles()
+    result = quantise_network(network, channels, patch_size, chosen)
+    record = describe(result, network, chosen, digest=digest, cases=cases, regions=regions)
+    log.info("quantised with %d tiles of %s: agreement %.4f", len(chosen), ", ".join(cases), record.agreement)
+    if folder:
+        try:
+            keep_quantised(folder, result, record)
+        except OSError as failure:
+            log.warning("%s: the quantised network is not kept: %s", folder, failure)
+    return result
+
+
+def describe(
+    quantised: Quantised,
+    network: nn.Module,
+    tiles: Sequence[Float32],
+    *,
+    digest: str,
+    cases: Sequence[str],
+    regions: bool,
+) -> Quantisation:
+    """The record of a quantised network, its agreement with the network measured on tiles."""
+    cpu = torch.device("cpu")
+    channels, *patch_size = tiles[0].shape
+    exact = build_engine("openvino", network, channels, patch_size, device=cpu)
+    small = build_engine("openvino-int8", network, channels, patch_size, device=cpu, quantised=quantised)
+    both = [
+        [_winners(engine(torch.from_numpy(tile[np.newaxis])), regions) for engine in (exact, small)] for tile in tiles
+    ]
+    overlap = sum((a & b).flatten(1).sum(1) for a, b in both)
+    sizes = sum((a.flatten(1).sum(1) + b.flatten(1).sum(1)) for a, b in both)
+    dices = [2 * o / s for o, s in zip(overlap.tolist(), sizes.tolist(), strict=True) if s]  # type: ignore[union-attr]
+    return Quantisation(
+        network=digest,
+        tiles=len(tiles),
+        cases=tuple(cases),
+        agreement=math.fsum(dices) / len(dices) if dices else 1.0,
+        versions={name: importlib.metadata.version(name) for name in ("openvino", "nncf")},
+    )
+
+
+def load_quantised(folder: Path, digest: str) -> tuple[Quantised, Quantisation] | None:
+    """What ``keep_quantised`` put in a folder; None where there is nothing, or with a warning where it is damaged."""
+    path = _record_path(folder, digest)
+    if not path.exists():
+        return None
+    try:
+        record = Quantisation.load(path)
+        contents = [path.with_suffix(suffix).read_bytes() for suffix in _SUFFIXES]
+    except (InputError, OSError) as failure:
+        log.warning("%s: the quantised network cannot be read, and is made anew: %s", path, failure)
+        return None
+    digests = {
+        path.with_suffix(s).name: hashlib.sha256(c).hexdigest() for s, c in zip(_SUFFIXES, contents, strict=True)
+    }
+    if record.network != digest or record.files != digests:
+        log.warning("%s: the quantised network is damaged or another's, and is made anew", path)
+        return None
+    return Quantised(*contents), record
+
+
+def keep_quantised(folder: Path, quantised: Quantised, record: Quantisation) -> Quantisation:
+    """Write a quantised network and its record, which comes last; the record with the files' digests.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = _record_path(folder, record.network)
+    contents = dict(zip(_SUFFIXES, (quantised.topology, quantised.weights), strict=True))
+    for suffix, content in contents.items():
+        write_bytes(path.with_suffix(suffix), content)
+    files = {path.with_suffix(s).name: hashlib.sha256(c).hexdigest() for s, c in contents.items()}
+    record = record.model_copy(update={"files": files})
+    record.save(path)
+    return record
+
+
+def _record_path(folder: Path, digest: str) -> Path:
+    return folder / f"{digest[:12]}.json"
+
+
+def _winners(logits: Tensor, regions: bool) -> Tensor:
+    """Where each class but the background, or each region, wins: bool (classes, *patch) of logits (1, classes, ...)."""
+    if regions:
+        return logits[0] > 0
+    return torch.stack([logits[0].argmax(0) == n for n in range(1, logits.shape[1])])
+
+
+# ---- the device ----------------------------------------------------------------------------------------------------
 
 
 def choose_device(name: str) -> torch.device:
