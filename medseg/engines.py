@@ -14,8 +14,8 @@ the device. How far its logits may lie from those of torch in float32:
 
 They hold for logits of the order of 10 in precision ``32``; ``bf16`` and ``16`` multiply with 8 and 11 bits.
 
-A network is quantised once: ``quantised_network`` finds it in a folder beside its package, where each file is checked by
-its digest, or makes it from calibration tiles and puts it there. Neither OpenVINO nor NNCF reports home from here.
+A network is quantised once: ``quantised_network`` finds it in a folder beside its package, each file checked by its
+digest, or makes it from calibration tiles and puts it there. Neither OpenVINO nor NNCF reports home from here.
 """
 
 from __future__ import annotations
