@@ -14,7 +14,7 @@ the device. How far its logits may lie from those of torch in float32:
 
 They hold for logits of the order of 10 in precision ``32``; ``bf16`` and ``16`` multiply with 8 and 11 bits.
 
-A network is quantised once: ``quantised`` finds it in a folder beside its package, each file checked by its
+A network is quantised once: ``quantised_network`` finds it in a folder beside its package, each file checked by its
 digest, or makes it from calibration tiles and puts it there. Neither OpenVINO nor NNCF reports home from here.
 """
 
@@ -336,7 +336,7 @@ def int8_folder(package: Path) -> Path:
     return package / "int8" if package.is_dir() else package.with_name(f"{package.stem}-int8")
 
 
-def quantised(
+def quantised_network(
     network: nn.Module,
     channels: int,
     patch_size: Sequence[int],

@@ -31,7 +31,7 @@ from medseg.engines import (
     keep_quantised,
     load_quantised,
     quantise_network,
-    quantised,
+    quantised_network,
     tiles_of,
 )
 from medseg.errors import InputError
