@@ -13,9 +13,9 @@ import json
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import safetensors
 import safetensors.torch
@@ -33,7 +33,7 @@ MOST_COMPRESSED = 100
 
 
 class FoldRecord(Record):
-    """How the weights of one fold came to be.
+    """How the weights of one fold came to be; None where that is not known, as of weights from another program.
 
     Attributes:
         weights: name of the file in the package.
@@ -43,16 +43,18 @@ class FoldRecord(Record):
         seconds: time in training, all runs together.
         train_cases, validation_cases: how many.
         dice: mean Dice on the validation cases, if it was measured.
+        source: the file of another program that the weights were taken from.
     """
 
     weights: str
-    seed: int
-    precision: str = "32"
-    iterations: int
-    seconds: float
-    train_cases: int
-    validation_cases: int
+    seed: int | None = None
+    precision: str | None = "32"
+    iterations: int | None = None
+    seconds: float | None = None
+    train_cases: int | None = None
+    validation_cases: int | None = None
     dice: float | None = None
+    source: str | None = None
 
 
 class Manifest(Record):
@@ -66,6 +68,8 @@ class Manifest(Record):
         files: name -> SHA-256 of plan and weights.
         versions: of medseg and the libraries that trained it.
         licence, intended_use: said on the card too.
+        notes: what else whoever uses the model should know; on the card too.
+        previous: of the earlier stage of a cascade, whose files are in the same package.
     """
 
     name: str
@@ -76,21 +80,34 @@ class Manifest(Record):
     versions: dict[str, str]
     licence: str = "as the training data"
     intended_use: str = "Research. Not a medical device."
+    notes: tuple[str, ...] = ()
+    previous: Manifest | None = None
 
 
 @dataclass(frozen=True)
 class ModelPackage:
-    """A loaded package: manifest, plan and the weights of each fold."""
+    """A loaded package.
+
+    Attributes:
+        manifest: its table of contents.
+        plan: how images are prepared, and the network.
+        weights: by fold, then by name.
+        previous: the earlier stage of a cascade, whose masks the networks see beside the image.
+        path: the folder or zip that it was loaded from.
+    """
 
     manifest: Manifest
     plan: Plan
     weights: Mapping[int, Mapping[str, Tensor]]
+    previous: ModelPackage | None = None
+    path: Path | None = field(default=None, compare=False)
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of what decides the masks: configuration, plan and the weights that are here."""
+        """SHA-256 (hex) of what decides the masks: configuration, plan and the weights that are here; of all stages."""
         names = [self.manifest.plan, *(self.manifest.folds[fold].weights for fold in sorted(self.weights))]
-        return digest_of([self.manifest.configuration, *(self.manifest.files[name] for name in names)])
+        parts = [self.manifest.configuration, *(self.manifest.files[name] for name in names)]
+        return digest_of(parts if self.previous is None else [*parts, self.previous.digest])
 
     @property
     def configuration(self) -> Configuration:
@@ -100,12 +117,15 @@ class ModelPackage:
     def only(self, fold: int) -> ModelPackage:
         """The package with the weights of one fold alone, for predicting cases that this fold did not train on.
 
+        The earlier stage of a cascade is that of the same fold too: it was trained on the same cases.
+
         Raises:
             PackageError: there are no weights of that fold.
         """
         if fold not in self.weights:
             raise PackageError(self.manifest.name, f"has no fold {fold}", " or ".join(map(str, sorted(self.weights))))
-        return replace(self, weights={fold: self.weights[fold]})
+        previous = self.previous and self.previous.only(fold)
+        return replace(self, weights={fold: self.weights[fold]}, previous=previous)
 
     def networks(self) -> list[nn.Module]:
         """One network a fold, with its weights, in evaluation mode.
@@ -138,27 +158,59 @@ def save_package(
     The manifest comes last: until then a package that was in the folder before stays valid, and a crash leaves it so.
     A fold's Dice is that of its record, or else the one that was noted in the folder for the same weights.
     """
+    said = {"name": name, "configuration": configuration, "folds": folds, "versions": versions}
+    return _written(folder, plan, *_packed_stage(Manifest(plan="", files={}, **said), plan, weights))
+
+
+def write_package(package: ModelPackage, folder: Path) -> Manifest:
+    """Write a package that is in memory, with the folds whose weights are there; as ``save_package`` does.
+
+    Names of files and digests in its manifest are made anew. Of an earlier stage they are too.
+
+    Raises:
+        PackageError: weights hold values that are not finite.
+    """
+    return _written(folder, package.plan, *_packed(package))
+
+
+def _packed(package: ModelPackage) -> tuple[Manifest, dict[str, bytes]]:
+    """As ``_packed_stage``, of a package and those before it."""
+    weights = {}
+    for fold, tensors in package.weights.items():
+        _refuse_infinite(tensors, f"fold {fold}")
+        weights[fold] = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    manifest, contents = _packed_stage(package.manifest, package.plan, weights)
+    if package.previous is None:
+        return manifest, contents
+    earlier, more = _packed(package.previous)
+    return manifest.model_copy(update={"previous": earlier}), more | contents
+
+
+def _packed_stage(manifest: Manifest, plan: Plan, weights: Mapping[int, bytes]) -> tuple[Manifest, dict[str, bytes]]:
+    """The manifest with names and digests of plan and weights, and these files by their name."""
     contents: dict[str, bytes] = {}
-    noted = _noted_dice(folder)
 
     def add(stem: str, suffix: str, content: bytes) -> str:
         name = f"{stem}-{hashlib.sha256(content).hexdigest()[:12]}{suffix}"
         contents[name] = content
         return name
 
-    def place(fold: int, file: str) -> FoldRecord:
-        record = folds[fold]
-        dice = noted.get(file) if record.dice is None else record.dice
-        return record.model_copy(update={"weights": file, "dice": dice})
+    folds = {
+        fold: manifest.folds[fold].model_copy(update={"weights": add(f"fold_{fold}", ".safetensors", content)})
+        for fold, content in weights.items()
+    }
+    named = {"plan": add("plan", ".json", plan.as_json().encode()), "folds": folds}
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    return manifest.model_copy(update={**named, "files": files}), contents
 
-    manifest = Manifest(
-        name=name,
-        configuration=configuration,
-        plan=add("plan", ".json", plan.as_json().encode()),
-        folds={fold: place(fold, add(f"fold_{fold}", ".safetensors", content)) for fold, content in weights.items()},
-        files={file: hashlib.sha256(content).hexdigest() for file, content in contents.items()},
-        versions=dict(versions),
-    )
+
+def _written(folder: Path, plan: Plan, manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:
+    noted = _noted_dice(folder)
+    folds = {
+        fold: record if record.dice is not None else record.model_copy(update={"dice": noted.get(record.weights)})
+        for fold, record in manifest.folds.items()
+    }
+    manifest = manifest.model_copy(update={"folds": folds})
     for file, content in contents.items():
         write_bytes(folder / file, content)
     manifest.save(folder / MANIFEST)
@@ -171,7 +223,7 @@ def save_package(
 
 def note_dice(folder: Path, dice: Mapping[int, float | None]) -> None:
     """Write the mean Dice of folds on their held-out cases into the manifest and the card of a package folder."""
-    manifest, plan, _ = _read(folder)
+    ((manifest, plan), *_), _ = _read(folder)
     folds = {
         fold: record.model_copy(update={"dice": dice.get(fold, record.dice)}) for fold, record in manifest.folds.items()
     }
@@ -196,9 +248,12 @@ def load_package(path: Path) -> ModelPackage:
         PackageError: there is no package, a file is missing, altered or not listed, the schema version is another, or
             weights hold values that are not finite.
     """
-    manifest, plan, contents = _read(path)
-    weights = {fold: _tensors(contents[record.weights], record.weights) for fold, record in manifest.folds.items()}
-    return ModelPackage(manifest, plan, weights)
+    stages, contents = _read(path)
+    package = None
+    for manifest, plan in reversed(stages):
+        weights = {fold: _tensors(contents[record.weights], record.weights) for fold, record in manifest.folds.items()}
+        package = ModelPackage(manifest, plan, weights, package, path)
+    return cast(ModelPackage, package)  # there is one stage at least
 
 
 def zip_package(folder: Path, target: Path) -> None:
@@ -207,15 +262,15 @@ def zip_package(folder: Path, target: Path) -> None:
     Raises:
         PackageError: the folder holds no sound package.
     """
-    manifest, plan, contents = _read(folder)
+    ((manifest, plan), *_), contents = _read(folder)
     contents[CARD] = _card(manifest, plan).encode()
     with replacing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, content in sorted(contents.items()):
             archive.writestr(zipfile.ZipInfo(name), content)
 
 
-def _read(path: Path) -> tuple[Manifest, Plan, dict[str, bytes]]:
-    """Manifest, plan and every file that they need by its name: each listed, and as its digest says."""
+def _read(path: Path) -> tuple[list[tuple[Manifest, Plan]], dict[str, bytes]]:
+    """Manifest and plan, of the last stage first, and every file that they need by its name: as its digest says."""
     try:
         if path.is_dir():
             return _checked(path, lambda name: (path / name).read_bytes())
@@ -232,23 +287,35 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     return archive.read(name)
 
 
-def _checked(path: Path, read: Callable[[str], bytes]) -> tuple[Manifest, Plan, dict[str, bytes]]:
+def _checked(path: Path, read: Callable[[str], bytes]) -> tuple[list[tuple[Manifest, Plan]], dict[str, bytes]]:
     try:
         contents = {MANIFEST: read(MANIFEST)}
     except (FileNotFoundError, KeyError):
         remedy = "give the folder that `medseg run` calls package"
         raise PackageError(path, f"has no {MANIFEST}", "a model package", remedy) from None
-    manifest = _record(Manifest, contents[MANIFEST], f"{path}/{MANIFEST}")
+    manifest: Manifest | None = _record(Manifest, contents[MANIFEST], f"{path}/{MANIFEST}")
+    stages = []
+    while manifest is not None:
+        stages.append((manifest, _checked_stage(path, manifest, contents, read)))
+        manifest = manifest.previous
+    return stages, contents
+
+
+def _checked_stage(path: Path, manifest: Manifest, contents: dict[str, bytes], read: Callable[[str], bytes]) -> Plan:
+    """The plan of a stage; its files are added to ``contents``."""
     if not manifest.folds:
         raise PackageError(path, "holds no weights", "one fold at least")
     for name in (manifest.plan, *(record.weights for record in manifest.folds.values())):
         contents[name] = _verified(path, name, manifest.files.get(name), read)
     plan = _record(Plan, contents[manifest.plan], f"{path}/{manifest.plan}")
     try:
-        plan.configuration(manifest.configuration)
+        configuration = plan.configuration(manifest.configuration)
     except PlanError as failure:
         raise PackageError(path, failure.found, failure.expected) from None
-    return manifest, plan, contents
+    earlier = manifest.previous and manifest.previous.configuration
+    if configuration.previous != earlier:
+        raise PackageError(path, f"has {earlier} before {manifest.configuration}", f"{configuration.previous}")
+    return plan
 
 
 def _verified(path: Path, name: str, digest: str | None, read: Callable[[str], bytes]) -> bytes:
@@ -284,10 +351,14 @@ def _tensors(content: bytes, name: str) -> dict[str, Tensor]:
         tensors = safetensors.torch.load(content)
     except safetensors.SafetensorError as failure:
         raise PackageError(name, f"is no safetensors file: {failure}") from None
+    _refuse_infinite(tensors, name)
+    return tensors
+
+
+def _refuse_infinite(tensors: Mapping[str, Tensor], where: str) -> None:
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise PackageError(name, f"weights {key} are not finite", "finite numbers", "train again")
-    return tensors
+            raise PackageError(where, f"weights {key} are not finite", "finite numbers", "train again")
 
 
 def _card(manifest: Manifest, plan: Plan) -> str:
@@ -305,15 +376,27 @@ def _card(manifest: Manifest, plan: Plan) -> str:
         f"- Configuration: {manifest.configuration}, voxels of {spacing} mm, patches of {patch}",
         f"- Network: {setup.network.name} with {setup.network.features} features",
         f"- Licence of the weights: {manifest.licence}",
+        *(f"- {note}" for note in [*_after(manifest), *manifest.notes]),
         "",
         "| Fold | Trained on | Validated on | Iterations | Seconds | Mean Dice |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for number, fold in sorted(manifest.folds.items()):
         dice = "not measured" if fold.dice is None else f"{fold.dice:.4f}"
-        lines.append(
-            f"| {number} | {fold.train_cases} cases | {fold.validation_cases} cases | {fold.iterations} | "
-            f"{fold.seconds:.0f} | {dice} |"
-        )
+        cells = [
+            _or_unknown(fold.train_cases, " cases"),
+            _or_unknown(fold.validation_cases, " cases"),
+            _or_unknown(fold.iterations),
+            _or_unknown(fold.seconds),
+        ]
+        lines.append(f"| {number} | {' | '.join(cells)} | {dice} |")
     lines += ["", "Use it with `medseg predict INPUT -m PACKAGE -o OUT`."]
     return "\n".join(lines) + "\n"
+
+
+def _or_unknown(number: float | None, unit: str = "") -> str:
+    return "not known" if number is None else f"{number:.0f}{unit}"
+
+
+def _after(manifest: Manifest) -> list[str]:
+    return [f"A second stage: it sees the masks of {manifest.previous.configuration}"] if manifest.previous else []

@@ -6,13 +6,15 @@ mm along the voxel axes, so that thick slices count as thick.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from medseg.errors import GeometryMismatch, InputError
 
@@ -41,6 +43,9 @@ SPECK = 0.01
 """A piece smaller than this part of the typical object is no object. Of the same 5638 nuclei none is so small, those
 that the image's border cuts included: the smallest is 1.1 % of its image's typical one, and at 0.02 sixteen would be
 lost. F1 with the boundaries drawn is 0.9946, and 0.9936 without this rule."""
+
+SLAB_VOXELS = 2**22
+"""Voxels that ``keep_largest`` labels at a time."""
 
 _ALL_NEIGHBOURS = np.ones((3, 3, 3), dtype=bool)
 
@@ -167,6 +172,28 @@ def join(masks: Iterable[NDArray[Any]], shape: tuple[int, int, int]) -> Joined:
     return Joined(ids, int(np.count_nonzero(claims > 1)), sizes[1:].count(0), hidden)
 
 
+def keep_largest(array: NDArray[Any], groups: Iterable[Sequence[int]]) -> NDArray[Any]:
+    """Of the voxels of each group of values, keep the largest connected piece (across corners too).
+
+    The groups are done in order; a later one sees what an earlier one left. Of several pieces of the largest size all
+    are kept. As nnU-Net's ``remove_all_but_largest_component_from_segmentation``. Memory beside the result: 16
+    bytes a voxel of ``SLAB_VOXELS``.
+
+    Args:
+        array: values (I, J, K).
+        groups: values that count as one object.
+
+    Returns:
+        A copy in which the removed voxels are 0; an equal one where there are no groups or none of their values.
+    """
+    result = array.copy()
+    for group in groups:
+        box = _box_of(result, group)
+        if box is not None:
+            _keep_largest(result[box], group)
+    return result
+
+
 def load_skimage() -> Any:
     """The package ``skimage``, which is an extra: only those install it who part cells.
 
@@ -223,3 +250,65 @@ def _typical(sizes: NDArray[np.int64]) -> float:
     """Size of the object to which the median voxel belongs: specks, however many, do not change it."""
     order = np.sort(sizes)
     return float(order[np.searchsorted(np.cumsum(order), order.sum() / 2)])
+
+
+def _box_of(array: NDArray[Any], group: Sequence[int]) -> tuple[slice, ...] | None:
+    """The box of the voxels with a value of the group; None where there are none."""
+    occupied = [np.zeros(n, dtype=bool) for n in array.shape]
+    for start, stop in _slabs(array.shape):
+        mask = np.isin(array[start:stop], group)
+        occupied[0][start:stop] = mask.any(axis=(1, 2))
+        occupied[1] |= mask.any(axis=(0, 2))
+        occupied[2] |= mask.any(axis=(0, 1))
+    if not occupied[0].any():
+        return None
+    places = [np.flatnonzero(along) for along in occupied]
+    return tuple(slice(int(place[0]), int(place[-1]) + 1) for place in places)
+
+
+def _keep_largest(array: NDArray[Any], group: Sequence[int]) -> None:
+    """Remove all but the largest piece of a group, in place."""
+    sizes, meetings = _pieces(array, group)
+    links = coo_array((np.ones(len(meetings)), meetings.T), shape=(len(sizes), len(sizes)))
+    _, whole = connected_components(links, directed=False)
+    totals = np.bincount(whole, weights=sizes)
+    keep = (totals == totals.max())[whole]
+    keep[0] = True  # what is not of the group
+    known = 0
+    for place, labels, count in _labelled_slabs(array, group):
+        numbers = np.where(labels[1:] > 0, labels[1:] + known, 0)
+        array[place][~keep[numbers]] = 0
+        known += count
+
+
+def _pieces(array: NDArray[Any], group: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Voxels of every piece of every slab, numbered through from 1, and pairs of pieces (n, 2) that are one."""
+    sizes, meetings = [np.zeros(1, dtype=np.int64)], []
+    last = np.zeros(array.shape[1:], dtype=np.int64)
+    known = 0
+    for _, labels, count in _labelled_slabs(array, group):
+        met = last > 0
+        meetings.append(np.unique(np.stack([last[met], labels[0][met] + known], axis=1), axis=0))
+        sizes.append(np.bincount(labels[1:].ravel(), minlength=count + 1)[1:])
+        last = np.where(labels[-1] > 0, labels[-1] + known, 0)
+        known += count
+    return np.concatenate(sizes), np.concatenate(meetings)
+
+
+def _labelled_slabs(array: NDArray[Any], group: Sequence[int]) -> Iterator[tuple[slice, NDArray[np.int32], int]]:
+    """Each slab's place, its connected pieces with the plane before it as first plane, and their number.
+
+    That plane is as it was when its slab was asked for, whatever has been done to the array since.
+    """
+    before = np.zeros((1, *array.shape[1:]), dtype=bool)
+    for start, stop in _slabs(array.shape):
+        mask = np.concatenate([before, np.isin(array[start:stop], group)])
+        labels, count = ndimage.label(mask, _ALL_NEIGHBOURS)
+        yield slice(start, stop), labels, int(count)
+        before = mask[-1:].copy()
+
+
+def _slabs(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Start and stop along the first axis, of ``SLAB_VOXELS`` each."""
+    planes = max(1, SLAB_VOXELS // max(1, shape[1] * shape[2]))
+    return ((start, min(start + planes, shape[0])) for start in range(0, shape[0], planes))

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from medseg import postprocess
 from medseg.errors import GeometryMismatch, InputError
 from medseg.metrics import score_instances
-from medseg.postprocess import Joined, boundary_classes, join, separate
+from medseg.postprocess import Joined, boundary_classes, join, keep_largest, separate
 
 Array = NDArray[Any]
 
@@ -222,3 +223,56 @@ def test_no_mask_at_all_is_an_empty_image() -> None:
 def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(GeometryMismatch, match="mask 2"):
         join([row(1, 0), row(1, 0, 0)], (2, 1, 1))
+
+
+# ---- the largest piece -----------------------------------------------------------------------------------------------
+
+
+def test_the_largest_piece_of_each_group_stays() -> None:
+    mask = row(1, 1, 0, 1, 2, 0, 2, 2, 2, 0, 3)
+    assert flat(keep_largest(mask, [(1,)])) == [1, 1, 0, 0, 2, 0, 2, 2, 2, 0, 3]
+    assert flat(keep_largest(mask, [(1, 2)])) == [0, 0, 0, 0, 0, 0, 2, 2, 2, 0, 3]
+    # 1 and 2 are one object at first: of 1 nothing is left for the second step to look at
+    assert flat(keep_largest(mask, [(1, 2, 3), (1,), (2,)])) == [0, 0, 0, 0, 0, 0, 2, 2, 2, 0, 0]
+    assert flat(mask) == [1, 1, 0, 1, 2, 0, 2, 2, 2, 0, 3]
+
+
+def test_pieces_hang_together_across_corners_and_equal_ones_all_stay() -> None:
+    mask = np.zeros((4, 4, 4), dtype=np.uint16)
+    mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 0] = 300
+    assert np.argwhere(keep_largest(mask, [(300,)])).tolist() == [[0, 0, 0], [1, 1, 1]]
+    mask[1, 1, 1] = 0
+    assert np.array_equal(keep_largest(mask, [(300,)]), mask)
+    assert keep_largest(mask, [(300,)]).dtype == np.uint16
+
+
+def test_nothing_to_keep_is_left_as_it_is() -> None:
+    mask = row(0, 5, 0, 5)
+    assert np.array_equal(keep_largest(mask, []), mask)
+    assert np.array_equal(keep_largest(mask, [(4,), ()]), mask)
+
+
+@given(st.lists(st.integers(0, 2), min_size=120, max_size=120).map(lambda v: np.array(v).reshape(8, 5, 3)))
+def test_slabs_do_not_matter(mask: Array) -> None:
+    """As by labelling the whole array at once."""
+    expected = mask.copy()
+    for group in ([1, 2], [1]):
+        labels, _ = ndimage.label(np.isin(expected, group), np.ones((3, 3, 3)))
+        sizes = np.bincount(labels.ravel())[1:]
+        expected[(labels > 0) & ~np.isin(labels, np.flatnonzero(sizes == sizes.max(initial=0)) + 1)] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        for voxels in (1, 40, 1000):
+            patch.setattr(postprocess, "SLAB_VOXELS", voxels)
+            assert np.array_equal(keep_largest(mask, [(1, 2), (1,)]), expected)
+
+
+@pytest.mark.peer
+def test_as_nnunet_does() -> None:
+    reason = "nnunetv2 is not installed"
+    module = pytest.importorskip("nnunetv2.postprocessing.remove_connected_components", reason=reason)
+    mask = np.random.default_rng(0).integers(0, 4, (9, 8, 7)).astype(np.uint8) * (np.indices((9, 8, 7)).sum(0) % 5 > 2)
+    theirs = mask
+    for group in ([1, 2], (2, 3), 1):
+        theirs = module.remove_all_but_largest_component_from_segmentation(theirs, group)
+    assert np.array_equal(keep_largest(mask, [(1, 2), (2, 3), (1,)]), theirs)
+    assert (theirs != mask).any()
