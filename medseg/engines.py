@@ -81,7 +81,8 @@ class Quantisation(Record):
         cases: the cases that those are of.
         agreement: Dice of the winners of the quantised network and the float32 one, both on the calibration tiles, mean
             over the classes; 1 is equal.
-        measured_cases: labelled cases, seen by neither training nor calibration, on which both Dices are measured.
+        measured_cases: labelled cases, not those of the calibration, on which both Dices are measured.
+        held_out: whether these are known to be no cases of the training.
         dice_float32, dice_int8: mean Dice on those.
         dice_loss: the first minus the second.
         versions: of OpenVINO and NNCF.
@@ -93,6 +94,7 @@ class Quantisation(Record):
     cases: tuple[str, ...]
     agreement: float
     measured_cases: tuple[str, ...] = ()
+    held_out: bool = False
     dice_float32: float | None = None
     dice_int8: float | None = None
     dice_loss: float | None = None

@@ -293,7 +293,7 @@ def test_quantised_is_near_and_smaller(dims: int, name: str) -> None:
     assert set(record.versions) == {"openvino", "nncf"}
 
 
-def test_int8_needs_the_quantised() -> None:
+def test_int8_needs_the_quantised_network() -> None:
     with pytest.raises(ValueError, match="needs the quantised network"):
         build_engine("openvino-int8", tiny(), 2, PATCH[2], device=CPU)
 
@@ -374,7 +374,9 @@ def test_a_network_is_quantised_once(tmp_path: Path, caplog: pytest.LogCaptureFi
     network, source, folder = tiny(), Source(), tmp_path / "int8"
 
     def result() -> Quantised:
-        return quantised(network, 2, PATCH[2], digest=DIGEST, folder=folder, tiles=source, cases=["a"], regions=True)
+        return quantised_network(
+            network, 2, PATCH[2], digest=DIGEST, folder=folder, tiles=source, cases=["a"], regions=True
+        )
 
     first = result()
     assert result() == first
@@ -396,7 +398,9 @@ def test_a_folder_that_cannot_be_written_to(
     (tmp_path / "int8").write_text("a file where the folder should be")
     for folder in (tmp_path / "int8", None):
         caplog.clear()
-        found = quantised(tiny(), 2, PATCH[2], digest=DIGEST, folder=folder, tiles=Source(), cases=["a"], regions=False)
+        found = quantised_network(
+            tiny(), 2, PATCH[2], digest=DIGEST, folder=folder, tiles=Source(), cases=["a"], regions=False
+        )
         assert found == Quantised(b"xml", b"bin")
         assert ("is not kept" in caplog.text) == (folder is not None)
 
