@@ -779,7 +779,7 @@ def override_plan(plan: Plan, settings: Sequence[str], configuration: str) -> tu
         for field in fitted.keys() - fields.keys():
             reasons[f"configurations.{owner}.{field}"] = f"Follows from what was set by hand ({', '.join(fields)})."
     result = plan.override(whole)
-    made = {name: _estimated(result, c) if name in wanted else c for name, c in result.configurations.items()}
+    made = {name: estimated(result, c) if name in wanted else c for name, c in result.configurations.items()}
     for name in wanted:
         needed = made[typing.cast(ConfigurationName, name)].estimated_memory_mb
         if needed > plan.memory_budget_mb:
@@ -899,7 +899,8 @@ def _json(value: Any) -> str:
     return TypeAdapter(Any).dump_json(value).decode()
 
 
-def _estimated(plan: Plan, configuration: Configuration) -> Configuration:
+def estimated(plan: Plan, configuration: Configuration) -> Configuration:
+    """A configuration with the memory that a training step of it is estimated to take, on the plan's device."""
     network = configuration.network
     shape = Topology(configuration.patch_size, network.strides, network.kernel_sizes)
     values = feature_values(
