@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from rich.table import Table
 from medseg.errors import InputError, MedsegError, TrainingError
 
 if TYPE_CHECKING:  # the rest is imported by the command that needs it: `medseg --help` stays fast
+    from medseg.cases import Shard
     from medseg.evaluate import Evaluation
     from medseg.pipeline import RunResult
     from medseg.plan import Plan
@@ -484,39 +487,74 @@ def train(
     epilog=_examples(
         "medseg predict scan.nii.gz -m hippocampus/package -o masks",
         "medseg predict scans -m hippocampus/package -o masks --mirror",
-        "medseg predict Task04_Hippocampus/dataset.json -m hippocampus/package -o masks",
+        "medseg predict 'patients/*/ct.nii.gz' -m liver/package -o masks --memory-limit 6GB",
+        "medseg predict list.csv -m liver/package -o masks --probabilities liver,tumour",
+        "medseg predict Task04_Hippocampus/dataset.json -m hippocampus/package -o masks --shard 2/8",
     )
 )
 @as_command
 def predict(
-    images: Annotated[Path, typer.Argument(metavar="INPUT", help="Image, folder of images, or dataset.json.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT", help="Image, folder of images, 'pattern', dataset.json or CSV file."),
+    ],
     model: Annotated[Path, typer.Option("--model", "-m", metavar="PACKAGE", help="Model package, folder or zip.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the masks.")],
     mirror: Mirror = False,
     overlap: Annotated[
         float, typer.Option(metavar="FRACTION", help="What neighbouring tiles share.", min=0.0, max=0.9)
     ] = 0.5,
+    engine: Annotated[
+        Literal["auto", "eager", "compiled", "onnx", "openvino", "openvino-int8"],
+        typer.Option(help="What computes the network; auto is the fastest that keeps the labels."),
+    ] = "auto",
+    precision: Annotated[Literal["32", "bf16", "16"], typer.Option(help="Of the network's products.")] = "32",
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace masks that are not from here.")] = False,
+    memory_limit: Annotated[
+        str, typer.Option(metavar="SIZE", help="What the process may take, as 6GB.", show_default="what is free")
+    ] = "",
+    probabilities: Annotated[
+        str, typer.Option(metavar="CLASS,...|all", help="Write probabilities of these classes too.")
+    ] = "",
+    shard: Annotated[
+        str,
+        typer.Option(metavar="I/N", help="Do every N-th case, from the I-th on.", show_default="as in a Slurm array"),
+    ] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are not from here.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Segment images with a model package.
 
     Each mask CASE.nii.gz (of a picture CASE.png or .tif) lies on its image's own grid. Several channels are one 4-D
-    file, or files CASE_0000, CASE_0001. Masks that are there, made from the same image and model, are kept. Exit code
-    3 when cases failed; the reasons are in cases.csv.
+    file, or files CASE_0000, CASE_0001. A CSV file has a column image (or image_0, image_1) of paths, and perhaps a
+    column case. Masks that are there, made from the same image and model, are kept; so the same command goes on after
+    an interruption. Probabilities go into the folder probabilities, as 16-bit NIfTI.
+
+    Exit code 3 when cases failed; the reasons are in cases.csv. Several processes may share a list and a folder as
+    shards; in a Slurm array each job takes its own.
     """
+    from medseg.cases import find_cases
     from medseg.io import suffix_of
     from medseg.pipeline import writing_to
-    from medseg.predict import find_cases, load, predict_cases
+    from medseg.predict import load, predict_cases
 
     if out.is_file() or suffix_of(out):
         raise InputError(out, "names a file", "a folder: the masks are named after the images", "leave the name out")
-    cases = find_cases(images)
-    predictor = load(model, device=device, mirror=mirror, overlap=overlap)
-    with writing_to(out), Show(quiet) as show:
-        results = predict_cases(predictor, cases, out, overwrite=overwrite, progress=show)
+    cases = find_cases(*images)
+    part = _shard(shard, quiet)
+    predictor = load(
+        model,
+        device=device,
+        mirror=mirror,
+        overlap=overlap,
+        engine=engine,
+        precision=precision,
+        memory_limit_mb=_megabytes(memory_limit, "--memory-limit") if memory_limit else None,
+        probabilities=tuple(name.strip() for name in probabilities.split(",") if name.strip()),
+    )
+    with writing_to(out, part), Show(quiet) as show:
+        results = predict_cases(predictor, cases, out, shard=part, overwrite=overwrite, progress=show)
     output = _console(stderr=False)
     failed = [result for result in results if result.status == "failed"]
     if failed:
@@ -525,6 +563,42 @@ def predict(
     output.print(f"{len(results) - len(failed)} masks in {out} ({kept} kept from before), {len(failed)} failed")
     if failed:
         raise typer.Exit(3)
+
+
+@app.command(
+    "import-nnunet",
+    epilog=_examples(
+        "medseg import-nnunet nnUNetTrainer__nnUNetPlans__3d_fullres -o liver",
+        "medseg import-nnunet nnUNetTrainer__nnUNetPlans__3d_cascade_fullres -o liver \\\n"
+        "      --previous nnUNetTrainer__nnUNetPlans__3d_lowres",
+    ),
+)
+@as_command
+def import_nnunet(
+    folder: Annotated[Path, typer.Argument(metavar="MODELFOLDER", help="With plans.json, dataset.json and fold_*.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="PACKAGE", help="Folder for the model package.")],
+    folds: Annotated[
+        str, typer.Option(metavar="N,N", help="Folds to take.", show_default="all that are there")
+    ] = "all",
+    checkpoint: Annotated[str, typer.Option(metavar="FILE", help="Of each fold.")] = "checkpoint_final.pth",
+    previous: Annotated[
+        Path | None, typer.Option(metavar="MODELFOLDER", help="Of a cascade: the model of its first stage.")
+    ] = None,
+    orientation: Annotated[
+        str, typer.Option(metavar="stored|RAS", help="How images lay in training: as stored, or all turned one way.")
+    ] = "stored",
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a package of a model trained by nnU-Net v2.
+
+    Weights are read as numbers alone: a checkpoint that would run code is refused. From then on it is a model like any
+    other, for `medseg predict`.
+    """
+    from medseg.interop.nnunet import import_model
+
+    import_model(folder, out, folds=_folds(folds), checkpoint=checkpoint, previous=previous, orientation=orientation)
+    _console(stderr=False).print(f"model package: {out}")
 
 
 @app.command(
@@ -590,13 +664,16 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Say what is installed, which device is used, what is missing."""
     import importlib.util
 
-    from medseg.pipeline import versions
+    from medseg.journal import versions
 
     output = _console(stderr=False)
     _table(output, ("package", "version"), list(versions().items()))
     output.print(f"device: {_device_found()}")
     for module, extra, use in (
         ("SimpleITK", "itk", ".mha, .mhd and .nrrd files"),
+        ("openvino", "openvino", "the fastest prediction on a CPU"),
+        ("nncf", "int8", "prediction in 8-bit integers, faster still"),
+        ("onnxruntime", "onnx", "prediction with ONNX Runtime"),
         ("tensorboard", "tensorboard", "training curves in TensorBoard"),
         ("skimage", "cells", "parting cells that touch"),
         ("rasterio", "satellite", "scenes larger than memory, with their place on the map"),
@@ -639,7 +716,15 @@ def _root(
 
 def main() -> None:
     """The entry point of the ``medseg`` command."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        # an interrupted batch may leave a thread that reads: ending the interpreter below it could crash or wait
+        if end.code == 130 and any(thread.daemon for thread in threading.enumerate()):
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(130)
+        raise
 
 
 # Pieces
@@ -746,12 +831,20 @@ def _folds(text: str) -> tuple[int, ...] | None:
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 
-def _megabytes(text: str) -> float:
+def _shard(text: str, quiet: bool) -> Shard | None:
+    """The shard that is asked for, or that a job of a Slurm array is."""
+    from medseg.cases import Shard
+
+    found = Shard.of(text) if text else Shard.of_slurm(os.environ)
+    if found and not text and not quiet:
+        _console(stderr=True).print(f"shard {found.index}/{found.count}, as this job in its Slurm array")
+    return found
+
+
+def _megabytes(text: str, option: str = "--memory-budget") -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|G|MB|M)", text.strip(), re.IGNORECASE)
     if not match or float(match[1]) <= 0:
-        raise InputError(
-            "--memory-budget", f"{text!r} is no amount of memory", "a number with its unit, as 6GB or 900MB"
-        )
+        raise InputError(option, f"{text!r} is no amount of memory", "a number with its unit, as 6GB or 900MB")
     return float(match[1]) * (1024 if match[2].upper().startswith("G") else 1)
 
 

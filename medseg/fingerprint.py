@@ -173,7 +173,7 @@ def _read(case: Case, dataset: Dataset) -> _Read:
     )
     indices = dataset.labels.to_indices(turn.apply(mask.array)[box.slices], case.label)
     foreground = (indices > 0) & (indices < dataset.labels.count)
-    array = turn.apply(volume.array)[:, *box.slices]
+    array = turn.apply(volume.array)[:, *box.slices].astype(np.float32, copy=False)
     return _Read(measures, array, indices, foreground, geometry.voxel_volume_ml)
 
 

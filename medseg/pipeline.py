@@ -8,28 +8,29 @@ choices, does only what is missing.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
-import platform
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import medseg
+from medseg.cases import Shard, mask_name
 from medseg.check import check
 from medseg.dataset import Case, Dataset, Findings, Fold
 from medseg.engines import choose_device
 from medseg.errors import DatasetError, InputError, MedsegError
 from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, Pair, evaluate_cases
 from medseg.fingerprint import Fingerprint, measure
+from medseg.journal import versions
 from medseg.package import FoldRecord, load_package, note_dice, save_package
 from medseg.patches import prepare_cases
 from medseg.plan import ConfigurationName, Plan
 from medseg.planning import make_plan, override_plan
-from medseg.predict import Predictor, PredictSettings, mask_name, predict_cases
+from medseg.predict import Predictor, PredictSettings, predict_cases
 from medseg.progress import Progress, silent
 from medseg.records import Record, digest_file, digest_of, read_json, remove_leftovers, write_json, write_text
 from medseg.report import markdown_summary, save_curve
@@ -39,6 +40,8 @@ from medseg.volume import Labels
 log = logging.getLogger(__name__)
 
 NOTICE = "Research software, not a medical device."
+SWEEP_SECONDS = 10.0
+"""So long a shard waits for another that sweeps the folder they share."""
 DEFAULT_MEMORY_MB = 8192.0
 """Memory that a plan may use where nothing else is said: nnU-Net's 8 GB."""
 
@@ -225,16 +228,6 @@ def _with_regions(labels: Labels, regions: Mapping[str, tuple[int, ...]]) -> Lab
     return Labels.checked(body, "regions")
 
 
-def versions() -> dict[str, str]:
-    """Versions of medseg and of what its results rest on."""
-    names = ("torch", "monai", "lightning-fabric", "numpy", "scipy", "nibabel", "safetensors")
-    return {
-        "medseg": medseg.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
-
-
 def train_station(
     data: Dataset,
     plan: Plan,
@@ -395,41 +388,66 @@ def _kept(path: Path, kind: type[Record], key: str) -> Any:
 
 
 @contextlib.contextmanager
-def writing_to(out: Path) -> Iterator[None]:
+def writing_to(out: Path, shard: Shard | None = None) -> Iterator[None]:
     """Hold an output folder: one writer at a time, what a killed run left half-written swept away, and a log kept.
+
+    Shards hold it together, each of them once, and only the first that comes sweeps.
 
     Raises:
         InputError: another run holds the folder, or it cannot be written to.
     """
-    with _sole_writer(out), _log_file(out / "log.txt"):
-        remove_leftovers(out)
+    suffix = shard.suffix if shard else ""
+    with _sole_writer(out, suffix), _log_file(out / f"log{suffix}.txt"):
         yield
 
 
 @contextlib.contextmanager
-def _sole_writer(out: Path) -> Iterator[None]:
+def _sole_writer(out: Path, suffix: str) -> Iterator[None]:
     """Hold the output folder; a second run on it is refused. The system frees the hold when the process ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("a")
-    except OSError as failure:
-        remedy = "give another folder with -o"
-        raise InputError(out, f"cannot be written to: {failure.strerror}", "a folder for results", remedy) from None
-    with file:
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((out / ".lock").open("a"))
+            own = stack.enter_context((out / f".lock{suffix}").open("a")) if suffix else file
+        except OSError as failure:
+            remedy = "give another folder with -o"
+            found = f"cannot be written to: {failure.strerror}"
+            raise InputError(out, found, "a folder for results", remedy) from None
         try:
             import fcntl
         except ImportError:  # Windows: no such lock
+            remove_leftovers(out)
             yield
             return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                out, "another run is writing here", "one run a folder", "wait, or give another -o"
-            ) from None
+            if _locked(file, fcntl.LOCK_EX, fcntl):
+                remove_leftovers(out)
+            elif not suffix:
+                raise _held(out)
+            if suffix and not (
+                _locked(file, fcntl.LOCK_SH, fcntl, SWEEP_SECONDS) and _locked(own, fcntl.LOCK_EX, fcntl)
+            ):
+                raise _held(out)
         except OSError as failure:  # some network file systems know no locks
             log.warning("%s cannot be locked (%s): start no other run on it", out, failure.strerror)
         yield
+
+
+def _locked(file: IO[str], kind: int, fcntl: Any, patience: float = 0.0) -> bool:
+    """Lock a file, or change the lock that there is; whether no other process was in the way for so many seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.05)
+
+
+def _held(out: Path) -> InputError:
+    return InputError(out, "another run is writing here", "one run a folder", "wait, or give another -o")
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from medseg.io import nifti
 from medseg.package import ModelPackage, load_package, save_package, zip_package
 from medseg.pipeline import run, writing_to
 from medseg.plan import ConfigurationName, Plan
-from medseg.predict import Predictor, PredictSettings, volume_of
+from medseg.predict import Predictor, PredictSettings
 from medseg.progress import Progress, silent
 from medseg.recipe import settings_of
 from medseg.records import write_json
@@ -340,7 +340,7 @@ class _Image:
             return self._placed(*self.given)
         if self.is_bare or hasattr(self.given, "detach"):
             return self._placed(self.given, self._own_affine() if self.is_bare else self.given.affine)
-        return volume_of(self.given, self.where)
+        return io.volume_of(self.given, self.where)
 
     def values(self) -> list[int]:
         """The integers of a mask but 0, sorted.
@@ -384,7 +384,7 @@ class _Image:
             array = (array.swapaxes(-2, -1) if self.is_bare and self.rows_first else array)[..., np.newaxis]
             if matrix.shape == (3, 3):  # of a plane, as MONAI has it
                 matrix = np.insert(np.insert(matrix, 2, 0.0, axis=0), 2, (0.0, 0.0, 1.0, 0.0), axis=1)
-        return volume_of((array, matrix), self.where)
+        return io.volume_of((array, matrix), self.where)
 
 
 def _numpy(values: Any) -> NDArray[Any]:

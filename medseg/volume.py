@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ class Mask:
     warnings: tuple[str, ...] = ()
 
     def volumes_ml(self) -> dict[str, float]:
-        """Volume of each class in millilitres, by name.
+        """Volume of each class, and of each region, in millilitres, by name.
 
         Raises:
             ValueError: the mask has no labels.
@@ -155,4 +156,18 @@ class Mask:
         if self.labels is None:
             raise ValueError("a mask without labels has no named volumes")
         voxel = self.geometry.voxel_volume_ml
-        return {name: float((self.array == value).sum()) * voxel for name, value in self.labels.values.items()}
+        groups = {name: (value,) for name, value in self.labels.values.items()} | self.labels.regions
+        counts = self._counts()
+        return {name: sum(counts[value] for value in values) * voxel for name, values in groups.items()}
+
+    def _counts(self) -> Counter[int]:
+        """How often each integer occurs, plane by plane: no second array of the mask's size."""
+        counts: Counter[int] = Counter()
+        for plane in self.array:
+            if plane.dtype in (np.uint8, np.uint16):
+                found = np.bincount(plane.ravel())
+                counts.update({int(value): int(found[value]) for value in np.flatnonzero(found)})
+            else:
+                values, numbers = np.unique(plane, return_counts=True)
+                counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+        return counts

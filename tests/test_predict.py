@@ -27,15 +27,17 @@ from scipy.spatial.transform import Rotation
 from small_datasets import picture, save_picture
 
 from medseg import io, predict, records
+from medseg.cases import find_cases
 from medseg.dataset import Case
-from medseg.errors import DatasetError, InputError, PackageError
+from medseg.errors import InputError, PackageError
 from medseg.geometry import Geometry
 from medseg.io import nifti
+from medseg.journal import Prediction
 from medseg.networks import build_network
 from medseg.package import ModelPackage, load_package, zip_package
 from medseg.phantom import make_case
 from medseg.pipeline import RunResult
-from medseg.predict import Prediction, Predictor, PredictSettings, find_cases, load, predict_cases
+from medseg.predict import Predictor, PredictSettings, load, predict_cases
 from medseg.volume import Labels
 
 TURN, HALF = Rotation.from_euler("xyz", [20, -15, 10], degrees=True), Rotation.from_euler("z", 45, degrees=True)
@@ -106,93 +108,6 @@ def images(tmp_path: Path, phantom_dataset: Path) -> Path:
 
 def statuses(results: list[Prediction]) -> dict[str, str]:
     return {result.case: result.status for result in results}
-
-
-# Finding
-
-
-def names(cases: list[Case]) -> dict[str, list[str]]:
-    return {case.id: [path.name for path in case.images] for case in cases}
-
-
-def touch(folder: Path, *files: str) -> Path:
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).touch()
-    return folder
-
-
-def test_a_folder_gives_its_images_by_name_whatever_the_names_are(tmp_path: Path) -> None:
-    touch(tmp_path, "Ärzte 1.nii.gz", "b c.NII", "d.mha", "._d.mha", ".hidden.nii", "notes.txt", "deeper/e.nii.gz")
-    (tmp_path / "folder.nii.gz").mkdir()
-    found = names(find_cases(tmp_path))
-    assert found == {"b c": ["b c.NII"], "d": ["d.mha"], "Ärzte 1": ["Ärzte 1.nii.gz"]}
-
-
-def test_files_that_end_in_0000_are_channels_and_other_numbers_are_not(tmp_path: Path) -> None:
-    touch(tmp_path / "channels", "p_0001.nii.gz", "p_0000.nii.gz", "q_0000.nii.gz")
-    assert names(find_cases(tmp_path / "channels")) == {
-        "p": ["p_0000.nii.gz", "p_0001.nii.gz"],
-        "q": ["q_0000.nii.gz"],
-    }
-    touch(tmp_path / "numbers", "scan_0001.nii.gz", "scan_0002.nii.gz")
-    assert list(names(find_cases(tmp_path / "numbers"))) == ["scan_0001", "scan_0002"]
-    touch(tmp_path / "mixed", "scan_0000.nii.gz", "other.nii.gz")
-    assert list(names(find_cases(tmp_path / "mixed"))) == ["other", "scan_0000"]
-    assert list(names(find_cases(tmp_path / "channels" / "q_0000.nii.gz"))) == ["q"]
-
-
-def test_of_a_pair_of_header_and_image_the_header_is_taken(tmp_path: Path) -> None:
-    touch(tmp_path, "a.hdr", "a.img", "b.hdr.gz", "b.img.gz")
-    assert names(find_cases(tmp_path)) == {"a": ["a.hdr"], "b": ["b.hdr.gz"]}
-
-
-def test_pictures_beside_volumes_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert names(find_cases(touch(tmp_path, "a.nii.gz", "a.png", "overview.tif"))) == {"a": ["a.nii.gz"]}
-    assert "2 pictures beside volumes are passed over" in caplog.text
-
-
-def test_two_images_of_one_name_are_refused_and_the_others_done(
-    predictor: Predictor, images: Path, tmp_path: Path
-) -> None:
-    (images / "a.nii").write_bytes(gzip.decompress((images / "a.nii.gz").read_bytes()))
-    results = predict_cases(predictor, find_cases(images), tmp_path / "out")
-    assert statuses(results) == {"a": "failed", "b": "done"}
-    assert "a.nii and a.nii.gz" in results[0].reason
-    (result,) = predict_cases(predictor, find_cases(touch(tmp_path / "pictures", "c.png", "c.tif")), tmp_path / "out")
-    assert "c.png and c.tif" in result.reason
-    touch(tmp_path / "channels", "p_0000.nii", "p_0000.nii.gz", "p_0001.nii")
-    (case,) = find_cases(tmp_path / "channels")
-    assert statuses(predict_cases(predictor, [case], tmp_path / "out")) == {"p": "failed"}
-
-
-def test_where_nothing_is_found_it_is_said_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        find_cases(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"no image among its 2 entries.*\.nii\.gz.*Did you mean .*deeper\?"):
-        find_cases(touch(tmp_path, "notes.txt", "deeper/a.nii"))
-    with pytest.raises(InputError, match="no known image ending"):
-        find_cases(tmp_path / "notes.txt")
-
-
-def test_a_dataset_gives_its_test_cases(
-    phantom_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert [case.id for case in find_cases(phantom_dataset)] == ["phantom_007", "phantom_008"]
-    assert find_cases(phantom_dataset / "dataset.json") == find_cases(phantom_dataset)
-    copy = tmp_path / "copy"
-    for source in phantom_dataset.rglob("*.*"):
-        if source.name != "phantom_008.nii.gz":
-            (copy / source.relative_to(phantom_dataset)).parent.mkdir(parents=True, exist_ok=True)
-            (copy / source.relative_to(phantom_dataset)).write_bytes(source.read_bytes())
-    assert [case.id for case in find_cases(copy)] == ["phantom_007"]
-    assert "phantom_008" in caplog.text
-    (copy / "imagesTs" / "phantom_007.nii.gz").unlink()
-    with pytest.raises(InputError, match=r"no test case.*do not exist: phantom_007, phantom_008"):
-        find_cases(copy)
-    (copy / "dataset.json").write_text("{}")
-    with pytest.raises(DatasetError):
-        find_cases(copy)
 
 
 # Pictures
@@ -439,6 +354,27 @@ def test_load_takes_folders_zips_and_settings(tiny_run: RunResult, tmp_path: Pat
 
 
 # Folders
+
+
+def touch(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+def test_two_images_of_one_name_are_refused_and_the_others_done(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    (images / "a.nii").write_bytes(gzip.decompress((images / "a.nii.gz").read_bytes()))
+    results = predict_cases(predictor, find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "failed", "b": "done"}
+    assert "a.nii and a.nii.gz" in results[0].reason
+    (result,) = predict_cases(predictor, find_cases(touch(tmp_path / "pictures", "c.png", "c.tif")), tmp_path / "out")
+    assert "c.png and c.tif" in result.reason
+    touch(tmp_path / "channels", "p_0000.nii", "p_0000.nii.gz", "p_0001.nii")
+    (case,) = find_cases(tmp_path / "channels")
+    assert statuses(predict_cases(predictor, [case], tmp_path / "out")) == {"p": "failed"}
 
 
 def truncated(path: Path) -> None:

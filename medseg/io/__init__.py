@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryMismatch, InputError
+from medseg.geometry import Geometry
 from medseg.io import itk, nifti, picture
 from medseg.volume import Labels, Mask, Volume
 
@@ -36,6 +37,8 @@ class Format(Protocol):
 
 FORMATS: tuple[Format, ...] = (nifti, itk, picture)
 SUFFIXES = tuple(suffix for form in FORMATS for suffix in form.SUFFIXES)
+_CHUNK = 1 << 22
+"""Voxels that are looked at at a time."""
 
 
 def suffix_of(path: Path) -> str | None:
@@ -75,7 +78,7 @@ def read_volume(paths: Path | Sequence[Path], channels: int | None = None) -> Vo
         channels: how many channels the image must have; None takes any.
 
     Returns:
-        Volume with a finite float32 array (C, I, J, K).
+        Volume with a finite array (C, I, J, K): integers as they are stored, other numbers as float32.
 
     Raises:
         UnreadableFile: a file is damaged or of no known format.
@@ -97,7 +100,45 @@ def read_volume(paths: Path | Sequence[Path], channels: int | None = None) -> Vo
     if channels is not None and array.shape[0] != channels:
         raise InputError(files[0], f"has {array.shape[0]} channels", f"{channels}")
     warnings = tuple(w for part in parts for w in part.warnings)
-    return replace(first, array=finite_float32(array, files[0]), paths=tuple(files), warnings=warnings)
+    return replace(first, array=finite(array, files[0]), paths=tuple(files), warnings=warnings)
+
+
+def outline(paths: Sequence[Path]) -> Volume | None:
+    """What ``read_volume`` will give, by the headers alone: all voxels 0, and no memory taken; None but for NIfTI.
+
+    Raises:
+        UnreadableFile, InputError: a header that cannot be used.
+    """
+    if any(format_of(path) is not nifti for path in paths):
+        return None
+    parts = [nifti.read_outline(path) for path in paths]
+    channels = sum(len(part.array) for part in parts)
+    first = parts[0]
+    whole = np.broadcast_to(first.array[:1, :1, :1, :1], (channels, *first.geometry.shape))
+    return replace(first, array=whole, paths=tuple(paths))
+
+
+def volume_of(image: Any, where: str = "image") -> Volume:
+    """An image in memory as a Volume, its voxels as they are.
+
+    Args:
+        image: a nibabel image, a SimpleITK image, a MONAI MetaTensor (C, I, J, K) with its affine, or a tuple (array,
+            affine) with an array (I, J, K) or (C, I, J, K) and a 4x4 affine to RAS+ mm.
+        where: its name in errors.
+
+    Raises:
+        InputError: it is none, or has no real numbers, no shape or no affine that an image can have.
+    """
+    if isinstance(image, tuple) and len(image) == 2:
+        return _from_array(np.asarray(image[0]), image[1], where)
+    if hasattr(image, "dataobj"):
+        return nifti.from_nibabel(image)
+    if hasattr(image, "GetDirection"):
+        return itk.from_simpleitk(image)
+    if hasattr(image, "affine"):  # MetaTensor
+        return _from_array(image.detach().cpu().numpy(), image.affine, where)
+    kinds = "a path, a list of paths, a nibabel or SimpleITK image, a MetaTensor, or (array, affine)"
+    raise InputError(where, f"is a {type(image).__name__}", kinds)
 
 
 def read_mask(path: Path, labels: Labels | None = None) -> Mask:
@@ -125,18 +166,34 @@ def write_mask(mask: Mask, path: Path) -> None:
     format_of(path).write(mask, path)
 
 
-def finite_float32(array: NDArray[Any], where: object) -> NDArray[np.float32]:
-    """The array as float32.
+def finite(array: NDArray[Any], where: object) -> NDArray[Any]:
+    """The array with integers as they are and other numbers as float32, in the order that it has in memory.
 
     Raises:
         InputError: a value is NaN or infinite, or too large for float32; with their number.
     """
+    if array.dtype.kind in "iu":
+        return array
+    if array.dtype == bool:
+        return array.view(np.uint8)
+    result = array if array.dtype == np.float32 else np.empty_like(array, dtype=np.float32)
+    bad = 0
+    axis = int(np.argmax(np.abs(array.strides))) if array.ndim else 0  # pieces that lie together
+    step = max(1, _CHUNK * array.shape[axis] // max(array.size, 1))
     with np.errstate(over="ignore"):
-        result = np.ascontiguousarray(array, dtype=np.float32)
-    bad = int(result.size - np.count_nonzero(np.isfinite(result)))
+        for start in range(0, array.shape[axis], step):
+            place = (slice(None),) * axis + (slice(start, start + step),)
+            if result is not array:
+                result[place] = array[place]
+            bad += int(result[place].size - np.count_nonzero(np.isfinite(result[place])))
     if bad:
         raise InputError(where, f"{bad:,} voxels are not finite (NaN or infinite)", "finite intensities", "repair it")
     return result
+
+
+def finite_float32(array: NDArray[Any], where: object) -> NDArray[np.float32]:
+    """The array as float32 in C order; errors as ``finite``."""
+    return np.ascontiguousarray(finite(array, where), dtype=np.float32)
 
 
 def integral(array: NDArray[Any], where: object) -> NDArray[Any]:
@@ -176,3 +233,15 @@ def describe_grid(item: Volume | Mask) -> str:
     g = item.geometry
     size = "x".join(map(str, g.shape))
     return f"{size} at {'x'.join(f'{s:.4g}' for s in g.spacing)} mm {g.orientation}"
+
+
+def _from_array(array: Any, affine: Any, where: str) -> Volume:
+    if array.dtype.kind not in "biuf":
+        raise InputError(where, f"holds {array.dtype} voxels", "one real number a voxel and channel")
+    array = array[np.newaxis] if array.ndim == 3 else array
+    if array.ndim != 4:
+        raise InputError(where, f"has shape {array.shape}", "(I, J, K) or (C, I, J, K)")
+    matrix = np.asarray(affine, dtype=np.float64)
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-12:
+        raise InputError(f"affine of the {where}", "is no invertible 4x4 matrix", "voxel indices to RAS+ mm")
+    return Volume(array, Geometry(array.shape[1:], matrix))

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import mmap
+import os
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +41,8 @@ _GEOMETRY_FIELDS = (
     *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
 )
 _METRE, _MICRON = 1, 3
+_CHUNK = 1 << 22
+"""Bytes, or voxels, that are handled at a time."""
 _REPLACE = "copy the file again from its source"
 
 
@@ -58,14 +63,30 @@ def read(path: Path) -> Volume:
     if header_path == data_path and float(header["vox_offset"]) < int(header["sizeof_hdr"]):
         raise UnreadableFile(path, "the header places the voxels inside itself", "voxels behind the header", _REPLACE)
     warnings: list[str] = []
-    content = _read_bytes(data_path, _expected_bytes(header, data_path), warnings)
+    expected = _expected_bytes(header, data_path)
+    kind, shape = _kind(header, data_path), _shape(header, data_path, warnings)
+    content = _read_bytes(data_path, expected, warnings)
     if _is_gzip(data_path) != data_path.name.lower().endswith(".gz"):
         warnings.append(f"is {'' if _is_gzip(data_path) else 'not '}compressed by gzip, other than its name says")
-    array = _pixels(header, content, data_path, warnings)
+    array = _pixels(header, content, kind, shape, data_path)
     geometry = Geometry(array.shape[1:], _affine(header, path, warnings))
     if geometry.is_sheared:
         warnings.append(f"voxel axes are not orthogonal (cosine {geometry.shear:.4f}): handled on a straight grid")
     return Volume(array, geometry, (path,), header, tuple(warnings))
+
+
+def read_outline(path: Path) -> Volume:
+    """Grid and number type of a NIfTI file by its header: a volume whose voxels are all 0 and take no memory.
+
+    Raises:
+        UnreadableFile, InputError: as ``read``, as far as the header shows it.
+    """
+    header_path, data_path = _pair(path)
+    header = _read_header(header_path)
+    _expected_bytes(header, data_path)
+    array = np.broadcast_to(np.zeros((), _kind(header, path)), _shape(header, path, []))
+    channels_first = _channels_first(array)
+    return Volume(channels_first, Geometry(channels_first.shape[1:], _affine(header, path, [])), (path,), header)
 
 
 read_labels = read
@@ -91,6 +112,78 @@ def write_volume(volume: Volume, path: Path) -> None:
     """
     array = volume.array[0] if len(volume.array) == 1 else np.moveaxis(volume.array, 0, -1)
     _write(array, _header_for(volume, array), path)
+
+
+class Probabilities:
+    """Probabilities of several classes, put together block by block and written as NIfTI, all in little memory.
+
+    They wait in a nameless file, as 16-bit integers: 65535 is 1. Close it, or use it in a ``with``.
+
+    Args:
+        shape: (I, J, K).
+        count: of classes.
+        folder: that the file is in; it needs 2 bytes a class and voxel.
+
+    Raises:
+        OSError: there is no room for the file.
+    """
+
+    def __init__(self, shape: tuple[int, ...], count: int, folder: Path) -> None:
+        self.shape, self.count = shape, count
+        size = 2 * count * int(np.prod(shape))
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
+        try:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now rather than a broken mapping later
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            else:
+                self._file.truncate(size)
+            self._map = mmap.mmap(self._file.fileno(), size)
+        except BaseException:
+            self._file.close()
+            raise
+        self._array: NDArray[np.uint16] | None = None
+
+    def put(self, place: tuple[slice, slice, slice], values: NDArray[np.float32]) -> None:
+        """Take probabilities, 0 to 1, (count, i, j, k) of a part of the grid; where none are put they are 0."""
+        if self._array is None:
+            self._array = self._laid_out(values.shape[1:])
+        self._array[(slice(None), *place)] = np.rint(values * np.float32(65535))
+        self._forget()
+
+    def write(self, index: int, mask: Mask, path: Path) -> None:
+        """Write those of one class, atomically, with the grid and header fields of a mask.
+
+        Raises:
+            InputError: the path ends in neither .nii nor .nii.gz.
+        """
+        array = self._laid_out(self.shape) if self._array is None else self._array
+        header = _header_for(mask, array[index])
+        header["scl_slope"] = 1 / 65535
+        _write(array[index], header, path)
+        self._forget()
+
+    def close(self) -> None:
+        """Give the file's room back."""
+        self._array = None
+        self._map.close()
+        self._file.close()
+
+    def __enter__(self) -> Probabilities:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _laid_out(self, part: tuple[int, ...]) -> NDArray[np.uint16]:
+        """The file as an array (count, I, J, K), so that parts of this shape lie together in it."""
+        order = sorted(range(3), key=lambda axis: part[axis] / self.shape[axis])
+        array = np.frombuffer(self._map, dtype=np.uint16).reshape(self.count, *(self.shape[axis] for axis in order))
+        return array.transpose(0, *(1 + order.index(axis) for axis in range(3)))
+
+    def _forget(self) -> None:
+        """Let the system keep the pages in its cache of files rather than in this process."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def from_nibabel(image: Any) -> Volume:
@@ -120,13 +213,28 @@ def _write(array: NDArray[Any], header: Nifti1Header, path: Path) -> None:
     name = path.name.lower()
     if not name.endswith((".nii", ".nii.gz")):
         raise InputError(path, "an image of two files cannot be replaced at once", ".nii or .nii.gz")
-    body = header.binaryblock + b"\0\0\0\0" + array.tobytes(order="F")
-    with replacing(path) as temporary:
-        if name.endswith(".gz"):
-            with temporary.open("wb") as file, gzip.GzipFile("", "wb", 3, file, mtime=0) as stream:
-                stream.write(body)
+    with replacing(path) as temporary, _opened_for_writing(temporary) as stream:
+        stream.write(header.binaryblock + b"\0\0\0\0")
+        for part in _parts(array):
+            stream.write(part.tobytes(order="F"))
+
+
+@contextlib.contextmanager
+def _opened_for_writing(path: Path) -> Iterator[Any]:
+    """The file as a stream that compresses where the name says so, without a time stamp."""
+    with path.open("wb") as file:
+        if path.name.lower().endswith(".gz"):
+            with gzip.GzipFile("", "wb", 3, file, mtime=0) as stream:
+                yield stream
         else:
-            temporary.write_bytes(body)
+            yield file
+
+
+def _parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """An array in pieces of its last axis: what is done to them takes little memory."""
+    step = max(1, _CHUNK * array.shape[-1] // max(array.size, 1))
+    for start in range(0, array.shape[-1], step):
+        yield array[..., start : start + step]
 
 
 def _pair(path: Path) -> tuple[Path, Path]:
@@ -153,9 +261,11 @@ def _opened(path: Path) -> Iterator[Any]:
         yield gzip.GzipFile(fileobj=file) if magic == _GZIP_MAGIC else file
 
 
-def _checked_read(path: Path, stream: Any, count: int) -> bytes:
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """What goes wrong while a file is read, as an UnreadableFile."""
     try:
-        return bytes(stream.read(count))
+        yield
     except EOFError:
         raise UnreadableFile(path, "the gzip stream ends early (truncated)", "a whole file", _REPLACE) from None
     except (gzip.BadGzipFile, zlib.error) as failure:
@@ -165,8 +275,8 @@ def _checked_read(path: Path, stream: Any, count: int) -> bytes:
 
 
 def _read_header(path: Path) -> Nifti1Header:
-    with _opened(path) as stream:
-        head = _checked_read(path, stream, 544)
+    with _opened(path) as stream, _explained(path):
+        head = bytes(stream.read(544))
     for kind, size, magics in (
         (Nifti1Header, 348, (b"n+1\0", b"ni1\0")),
         (Nifti2Header, 540, (b"n+2\0", b"ni2\0")),
@@ -193,10 +303,7 @@ def _expected_bytes(header: Nifti1Header, path: Path) -> int:
     offset = float(header["vox_offset"])
     if not np.isfinite(offset) or offset < 0 or offset > 2**31:
         raise UnreadableFile(path, f"the header places the voxels at byte {offset}", "a sane offset", _REPLACE)
-    try:
-        item = header.get_data_dtype().itemsize
-    except (HeaderDataError, KeyError):
-        raise InputError(path, f"unknown number type (NIfTI code {int(header['datatype'])})") from None
+    item = _kind(header, path).itemsize
     size = int(offset)
     count: int = item
     for n in dims[1 : dims[0] + 1]:
@@ -218,40 +325,56 @@ def _is_gzip(path: Path) -> bool:
         return file.read(2) == _GZIP_MAGIC
 
 
-def _read_bytes(path: Path, expected: int, warnings: list[str]) -> bytes:
+def _read_bytes(path: Path, expected: int, warnings: list[str]) -> NDArray[np.uint8]:
     """The first ``expected`` bytes of a file, read to its end so that a gzip's CRC and length are checked."""
-    with _opened(path) as stream:
-        content = _checked_read(path, stream, expected)
-        if len(content) < expected:
-            raise UnreadableFile(
-                path, f"holds {len(content):,} bytes of image", f"{expected:,} by its header", _REPLACE
-            )
-        surplus = 0
-        while chunk := _checked_read(path, stream, 1 << 16):
+    content = np.empty(expected, dtype=np.uint8)
+    surplus = filled = 0
+    with _opened(path) as stream, _explained(path):
+        while filled < expected and (count := stream.readinto(content.data[filled : filled + _CHUNK])):
+            filled += count
+        while filled == expected and surplus <= 1 << 24 and (chunk := stream.read(1 << 16)):
             surplus += len(chunk)
-            if surplus > 1 << 24:
-                raise UnreadableFile(path, "holds far more data than its header says", f"{expected:,} bytes", _REPLACE)
+    if filled < expected:
+        raise UnreadableFile(path, f"holds {filled:,} bytes of image", f"{expected:,} by its header", _REPLACE)
+    if surplus > 1 << 24:
+        raise UnreadableFile(path, "holds far more data than its header says", f"{expected:,} bytes", _REPLACE)
     if surplus:
         warnings.append(f"{surplus:,} bytes after the image were ignored")
     return content
 
 
-def _pixels(header: Nifti1Header, content: bytes, path: Path, warnings: list[str]) -> NDArray[Any]:
-    kind = header.get_data_dtype()
+def _kind(header: Nifti1Header, path: Path) -> np.dtype[Any]:
+    """The number type of the voxels."""
+    try:
+        kind: np.dtype[Any] = header.get_data_dtype()
+    except (HeaderDataError, KeyError):
+        raise InputError(path, f"unknown number type (NIfTI code {int(header['datatype'])})") from None
     if kind.fields is not None or kind.kind not in "iuf":
         what = "colour (RGB)" if kind.fields is not None else str(kind)
         raise InputError(path, f"holds {what} voxels", "one real number a voxel", "convert it to grey values")
-    shape = list(header.get_data_shape())
+    return kind
+
+
+def _shape(header: Nifti1Header, path: Path, warnings: list[str]) -> list[int]:
+    """Three sizes, or four with the channels last."""
+    shape = [int(n) for n in header.get_data_shape()]
     while len(shape) > 3 and shape[-1] == 1:
         shape.pop()
         if len(shape) == 3:
             warnings.append("a fourth dimension of length 1 was dropped")
     if len(shape) > 4:
         raise InputError(path, f"has {len(shape)} dimensions {tuple(shape)}", "3, or 4 with channels last")
-    shape += [1] * (3 - len(shape))
+    return shape + [1] * (3 - len(shape))
+
+
+def _pixels(
+    header: Nifti1Header, content: NDArray[np.uint8], kind: np.dtype[Any], shape: list[int], path: Path
+) -> NDArray[Any]:
     offset = int(header["vox_offset"])
-    array = np.frombuffer(content, dtype=kind, count=int(np.prod(shape)), offset=offset).reshape(shape, order="F")
-    return _channels_first(_scaled(array.astype(kind.newbyteorder("="), copy=False), header, path))
+    array = np.frombuffer(content, dtype=kind, count=int(np.prod(shape)), offset=offset)
+    if not kind.isnative:
+        array = array.byteswap(inplace=True).view(kind.newbyteorder("="))
+    return _channels_first(_scaled(array.reshape(shape, order="F"), header, path))
 
 
 def _scaled(array: NDArray[Any], header: Nifti1Header, path: Path) -> NDArray[Any]:
@@ -261,7 +384,11 @@ def _scaled(array: NDArray[Any], header: Nifti1Header, path: Path) -> NDArray[An
         return array
     if not np.isfinite(intercept):
         raise InputError(path, f"the intercept is {intercept}", "a finite number", _REPLACE)
-    return np.asarray(array.astype(np.float64) * slope + intercept)
+    # float32 where it holds all the stored integers, which it does to 24 bits
+    result = np.empty(array.shape, dtype=np.result_type(array.dtype, np.float32), order="F")
+    for part, scaled in zip(_parts(array), _parts(result), strict=True):
+        scaled[...] = part.astype(np.float64) * slope + intercept
+    return result
 
 
 def _channels_first(array: NDArray[Any]) -> NDArray[Any]:

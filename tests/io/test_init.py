@@ -42,7 +42,7 @@ def test_one_file_a_channel_on_one_grid(tmp_path: Path) -> None:
     files = [written(tmp_path / "a.nii.gz", 1), written(tmp_path / "b.nii.gz", 2)]
     volume = read_volume(files, channels=2)
     assert volume.array.shape == (2, 2, 3, 4)
-    assert volume.array.dtype == np.float32
+    assert volume.array.dtype == np.uint8  # as stored
     assert volume.array[:, 0, 0, 0].tolist() == [1, 2]
     assert volume.paths == tuple(files)
 

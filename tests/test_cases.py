@@ -1,0 +1,238 @@
+"""Which images to segment: every kind of place, what is said where nothing is found, and shards that share a list."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medseg.cases import Shard, files_of, find_cases, mask_name
+from medseg.dataset import Case
+from medseg.errors import DatasetError, InputError
+
+
+def names(cases: list[Case]) -> dict[str, list[str]]:
+    return {case.id: [path.name for path in case.images] for case in cases}
+
+
+def touch(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+def test_a_folder_gives_its_images_by_name_whatever_the_names_are(tmp_path: Path) -> None:
+    touch(tmp_path, "Ärzte 1.nii.gz", "b c.NII", "d.mha", "._d.mha", ".hidden.nii", "notes.txt", "deeper/e.nii.gz")
+    (tmp_path / "folder.nii.gz").mkdir()
+    found = names(find_cases(tmp_path))
+    assert found == {"b c": ["b c.NII"], "d": ["d.mha"], "Ärzte 1": ["Ärzte 1.nii.gz"]}
+
+
+def test_files_that_end_in_0000_are_channels_and_other_numbers_are_not(tmp_path: Path) -> None:
+    touch(tmp_path / "channels", "p_0001.nii.gz", "p_0000.nii.gz", "q_0000.nii.gz")
+    assert names(find_cases(tmp_path / "channels")) == {
+        "p": ["p_0000.nii.gz", "p_0001.nii.gz"],
+        "q": ["q_0000.nii.gz"],
+    }
+    touch(tmp_path / "numbers", "scan_0001.nii.gz", "scan_0002.nii.gz")
+    assert list(names(find_cases(tmp_path / "numbers"))) == ["scan_0001", "scan_0002"]
+    touch(tmp_path / "mixed", "scan_0000.nii.gz", "other.nii.gz")
+    assert list(names(find_cases(tmp_path / "mixed"))) == ["other", "scan_0000"]
+    assert list(names(find_cases(tmp_path / "channels" / "q_0000.nii.gz"))) == ["q"]
+
+
+def test_of_a_pair_of_header_and_image_the_header_is_taken(tmp_path: Path) -> None:
+    touch(tmp_path, "a.hdr", "a.img", "b.hdr.gz", "b.img.gz")
+    assert names(find_cases(tmp_path)) == {"a": ["a.hdr"], "b": ["b.hdr.gz"]}
+
+
+def test_pictures_beside_volumes_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert names(find_cases(touch(tmp_path, "a.nii.gz", "a.png", "overview.tif"))) == {"a": ["a.nii.gz"]}
+    assert "2 pictures beside volumes are passed over" in caplog.text
+
+
+def test_where_nothing_is_found_it_is_said_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        find_cases(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"no image among its 2 entries.*\.nii\.gz.*Did you mean .*deeper\?"):
+        find_cases(touch(tmp_path, "notes.txt", "deeper/a.nii"))
+    with pytest.raises(InputError, match="no known image ending"):
+        find_cases(tmp_path / "notes.txt")
+
+
+def test_a_dataset_gives_its_test_cases(
+    phantom_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert [case.id for case in find_cases(phantom_dataset)] == ["phantom_007", "phantom_008"]
+    assert find_cases(phantom_dataset / "dataset.json") == find_cases(phantom_dataset)
+    copy = tmp_path / "copy"
+    for source in phantom_dataset.rglob("*.*"):
+        if source.name != "phantom_008.nii.gz":
+            (copy / source.relative_to(phantom_dataset)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / source.relative_to(phantom_dataset)).write_bytes(source.read_bytes())
+    assert [case.id for case in find_cases(copy)] == ["phantom_007"]
+    assert "phantom_008" in caplog.text
+    (copy / "imagesTs" / "phantom_007.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"no test case.*do not exist: phantom_007, phantom_008"):
+        find_cases(copy)
+    (copy / "dataset.json").write_text("{}")
+    with pytest.raises(DatasetError):
+        find_cases(copy)
+
+
+def test_several_places_are_one_list(tmp_path: Path) -> None:
+    touch(tmp_path, "a/p_0000.nii.gz", "a/p_0001.nii.gz", "b/q.nii.gz", "c.nii")
+    places = [tmp_path / "a" / "p_0001.nii.gz", tmp_path / "a" / "p_0000.nii.gz", tmp_path / "b", tmp_path / "b"]
+    assert names(find_cases(*places)) == {"p": ["p_0000.nii.gz", "p_0001.nii.gz"], "q": ["q.nii.gz"]}
+    with pytest.raises(InputError, match="is not given"):
+        find_cases()
+
+
+def test_two_images_whose_masks_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "a/ct.nii.gz", "b/ct.nii.gz")
+    with pytest.raises(InputError, match=r"ct: is the name of several images: .*a/ct\.nii\.gz and .*b/ct\.nii\.gz"):
+        find_cases(tmp_path / "a", tmp_path / "b")
+
+
+# Patterns
+
+
+def test_a_pattern_names_cases_after_the_folders_that_vary(tmp_path: Path) -> None:
+    touch(tmp_path, "anna/ct.nii.gz", "bob/ct.nii.gz", "bob/mr.nii.gz", "bob/deep/ct.nii.gz", "bob/ct.txt", "x.nii.gz")
+    assert names(find_cases(f"{tmp_path}/*/ct.nii.gz")) == {"anna_ct": ["ct.nii.gz"], "bob_ct": ["ct.nii.gz"]}
+    assert list(names(find_cases(f"{tmp_path}/**/ct.*"))) == ["anna_ct", "bob_ct", "bob_deep_ct"]
+    assert list(names(find_cases(f"{tmp_path}/bob/*r.nii*"))) == ["mr"]
+    with pytest.raises(InputError, match="matches no image"):
+        find_cases(f"{tmp_path}/*/pet.nii.gz")
+
+
+def test_a_pattern_groups_channels(tmp_path: Path) -> None:
+    touch(tmp_path, "one/t_0000.nii", "one/t_0001.nii", "two/t_0000.nii", "two/t_0001.nii")
+    found = find_cases(f"{tmp_path}/*/*.nii")
+    assert names(found) == {name: ["t_0000.nii", "t_0001.nii"] for name in ("one_t", "two_t")}
+    assert [path.parent.name for path in found[1].images] == ["two", "two"]
+
+
+def test_a_file_with_the_letters_of_a_pattern_in_its_name_is_a_file(tmp_path: Path) -> None:
+    touch(tmp_path, "a[1].nii.gz", "a1.nii.gz")
+    assert names(find_cases(str(tmp_path / "a[1].nii.gz"))) == {"a[1]": ["a[1].nii.gz"]}
+
+
+# Tables
+
+
+def table(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_table_lists_images_relative_to_itself(tmp_path: Path) -> None:
+    found = find_cases(table(tmp_path / "list.csv", "age,image\n40,a/ct.nii.gz\n50,/elsewhere/mr.nii\n"))
+    assert [(case.id, case.images) for case in found] == [
+        ("ct", (tmp_path / "a" / "ct.nii.gz",)),
+        ("mr", (Path("/elsewhere/mr.nii"),)),
+    ]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_may_name_cases_and_channels(separator: str, tmp_path: Path) -> None:
+    rows = [["image_1", "case", "image_0"], ["x/flair.nii", "anna", "x/t1.nii"], ["y/flair.nii", "bob", "y/t1.nii"]]
+    text = "\ufeff" + "\n".join(separator.join(row) for row in rows)
+    found = find_cases(table(tmp_path / "list.csv", text))
+    assert names(found) == {"anna": ["t1.nii", "flair.nii"], "bob": ["t1.nii", "flair.nii"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has the columns"),
+        ("image\n", "it has no rows"),
+        ("path\na.nii\n", "has the columns path .expected image, or image_0"),
+        ("image,case\na.nii,x\n,y\nb.nii,z\n ,w\n", "row 3 names no image; row 5 names no image"),
+        ("image_0,image_1\na.nii,\n", "row 2 names no image_1"),
+        ("image,case\na.nii,x\nb.nii,x\n", "x: is the name of several images"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused_with_every_fault(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        find_cases(table(tmp_path / "list.csv", text))
+
+
+def test_a_table_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_bytes(b"image\n\xff\xfe\n")
+    with pytest.raises(InputError, match="CSV file in UTF-8"):
+        find_cases(tmp_path / "list.csv")
+
+
+# Names and files
+
+
+def test_masks_are_named_after_their_cases() -> None:
+    named = {name: mask_name(Case("a", (Path(name),), None)) for name in ("x.nii", "x.mha", "x.jpg", "x.tif", "x.TIFF")}
+    expected = {"x.nii": "a.nii.gz", "x.mha": "a.nii.gz", "x.jpg": "a.png", "x.tif": "a.tif", "x.TIFF": "a.tif"}
+    assert named == expected
+
+
+def test_an_image_of_two_files_consists_of_both(tmp_path: Path) -> None:
+    touch(tmp_path, "a.hdr", "a.img", "ab.img", "b.nii")
+    case = Case("a", (tmp_path / "a.hdr", tmp_path / "b.nii"), None)
+    assert [path.name for path in files_of(case)] == ["a.hdr", "a.img", "b.nii"]
+
+
+# Shards
+
+
+@given(ids=st.lists(st.text(min_size=1), unique=True), count=st.integers(1, 12))
+def test_shards_have_each_case_once_and_differ_by_one_at_most(ids: list[str], count: int) -> None:
+    cases = [Case(name, (Path("a.nii"),), None) for name in ids]
+    shares = [[case.id for case in Shard(index, count).share(cases)] for index in range(1, count + 1)]
+    assert sorted(name for share in shares for name in share) == sorted(ids)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    again = [case.id for case in Shard(1, count).share(cases[::-1])]
+    assert again == shares[0]  # whatever the order in which they were found
+
+
+def test_a_shard_is_written_as_a_fraction() -> None:
+    assert Shard.of("2/8") == Shard(2, 8)
+    assert [Shard.of(text).suffix for text in ("2/8", "1/1")] == ["-2-of-8", ""]
+
+
+@pytest.mark.parametrize("text", ["", "2", "0/8", "9/8", "1/0", "a/b", "-1/2", "1/2/3"])
+def test_what_is_no_shard_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="2/8"):
+        Shard.of(text)
+
+
+def slurm(**numbers: int) -> dict[str, str]:
+    return {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in numbers.items()}
+
+
+@pytest.mark.parametrize(
+    ("variables", "shard"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "5"}, None),
+        (slurm(ID=1, MIN=1, MAX=8, STEP=1, COUNT=8), Shard(1, 8)),
+        (slurm(ID=7, MIN=0, MAX=7, COUNT=8), Shard(8, 8)),
+        (slurm(ID=20, MIN=10, MAX=30, STEP=10), Shard(2, 3)),  # --array=10-30:10
+        (slurm(ID=5, MIN=5, MAX=5, STEP=1, COUNT=1), Shard(1, 1)),
+    ],
+)
+def test_a_slurm_array_says_which_shard_it_is(variables: dict[str, str], shard: Shard | None) -> None:
+    assert Shard.of_slurm(variables) == shard
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        slurm(ID=2, MIN=1, MAX=7, STEP=1, COUNT=3),  # --array=1,2,7
+        slurm(ID=3),
+        slurm(ID=9, MIN=1, MAX=3, COUNT=3),
+    ],
+)
+def test_a_slurm_array_of_other_numbers_is_refused(variables: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="--shard i/n"):
+        Shard.of_slurm(variables)
