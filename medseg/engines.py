@@ -246,14 +246,19 @@ def _openvino(name: str) -> Any:
 
 
 def _converted(network: nn.Module, channels: int, patch_size: Sequence[int], name: str) -> Any:
-    """The network as an OpenVINO model of one patch."""
+    """The network as an OpenVINO model of one patch.
+
+    It is traced with a patch as small as the network can take: sizes in the graph follow from those of the input, and a
+    whole one would take the time and memory of several tiles.
+    """
     openvino = _openvino(name)
-    x = torch.zeros(1, channels, *patch_size)
+    least = getattr(network, "divisor", patch_size)
+    x = torch.zeros(1, channels, *(min(p, 2 * n) for p, n in zip(patch_size, least, strict=True)))
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # sizes become constants, as they shall
-        # traced here: OpenVINO would have torch check it by two more runs, and holds the network's MetaTensors for odd
+        warnings.simplefilter("ignore")  # of branches that are taken once: a patch needs no padding
+        # traced here, as OpenVINO has torch check it by two more runs
         traced = torch.jit.trace(network.cpu().eval(), x, check_trace=False)  # type: ignore[no-untyped-call]
-        return openvino.convert_model(traced, example_input=x, input=[tuple(x.shape)])
+        return openvino.convert_model(traced, example_input=x, input=[(1, channels, *patch_size)])
 
 
 def _openvino_engine(model: Any, precision: str) -> Engine:
