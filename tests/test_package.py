@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from torch import Tensor
 from medseg import package
 from medseg.errors import PackageError
 from medseg.networks import build_network
-from medseg.package import FoldRecord, Manifest, ModelPackage, load_package, note_dice, save_package, zip_package
+from medseg.package import (
+    FoldRecord,
+    Manifest,
+    ModelPackage,
+    load_package,
+    note_dice,
+    save_package,
+    write_package,
+    zip_package,
+)
 from medseg.plan import Configuration, NetworkPlan, Normalisation, Plan, TrainingPlan
 from medseg.records import digest_file
 from medseg.volume import Labels
@@ -351,3 +361,109 @@ def test_a_damaged_zip_is_refused(folder: Path, tmp_path: Path, part: str) -> No
     (tmp_path / "broken.zip").write_bytes(broken)
     with pytest.raises(PackageError):
         load_package(tmp_path / "broken.zip")
+
+
+# ---- packages made in memory, and cascades ---------------------------------------------------------------------------
+
+
+def in_memory(previous: ModelPackage | None = None, **said: Any) -> ModelPackage:
+    """A network of its own seeds; after another one it sees that one's class beside the image."""
+    plan = plan_of("second" if previous else "first")
+    setup = plan.configurations["2d"].model_copy(update={"previous": previous and "2d"})
+    plan = plan.model_copy(update={"configurations": {"2d": setup}})
+    torch.manual_seed(7)
+    networks = {fold: build_network(setup, plan.inputs(setup), plan.outputs) for fold in (0, 1)}
+    manifest = Manifest(
+        name=plan.dataset, configuration="2d", plan="", folds=dict.fromkeys((0, 1), FoldRecord(weights="")),
+        files={}, versions={}, **said,
+    )  # fmt: skip
+    return ModelPackage(manifest, plan, {fold: dict(n.state_dict()) for fold, n in networks.items()}, previous)
+
+
+def test_what_is_not_known_and_what_is_to_be_said_is_on_the_card(tmp_path: Path) -> None:
+    manifest = write_package(in_memory(licence="CC0", notes=("From elsewhere.",)), tmp_path)
+    loaded = load_package(tmp_path)
+    assert (loaded.manifest, loaded.path) == (manifest, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "- From elsewhere.\n" in card
+    assert "- Licence of the weights: CC0\n" in card
+    assert "| 1 | not known | not known | not known | not known | not measured |" in card
+
+
+def test_a_package_written_again_is_the_same(folder: Path, tmp_path: Path) -> None:
+    loaded = load_package(folder)
+    write_package(loaded, tmp_path / "again")
+    assert same(load_package(tmp_path / "again"), loaded)
+    write_package(loaded.only(1), tmp_path / "one")
+    assert same(load_package(tmp_path / "one"), load_package(tmp_path / "one").only(1))
+    assert load_package(tmp_path / "one").digest == loaded.only(1).digest
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    package = in_memory()
+    package.weights[1]["heads.0.bias"][0] = float("inf")
+    with pytest.raises(PackageError, match=r"fold 1: weights heads\.0\.bias are not finite"):
+        write_package(package, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cascade_is_one_package(tmp_path: Path) -> None:
+    write_package(in_memory(in_memory()), tmp_path / "package")
+    loaded = load_package(tmp_path / "package")
+    assert loaded.previous is not None
+    assert (loaded.plan.dataset, loaded.previous.plan.dataset) == ("second", "first")
+    assert [network(torch.ones(1, 2, 8, 8)).shape[1] for network in loaded.networks()] == [2, 2]
+    assert [network(torch.ones(1, 1, 8, 8)).shape[1] for network in loaded.previous.networks()] == [2, 2]
+    assert "A second stage: it sees the masks of 2d" in (tmp_path / "package" / "README.md").read_text()
+    assert len(list((tmp_path / "package").iterdir())) == 8  # manifest and card; of each stage a plan and two weights
+    zip_package(tmp_path / "package", tmp_path / "package.zip")
+    zipped = load_package(tmp_path / "package.zip")
+    assert same(zipped, loaded)
+    assert zipped.previous is not None
+    assert same(zipped.previous, loaded.previous)
+
+
+def test_the_digest_covers_the_earlier_stage(tmp_path: Path) -> None:
+    write_package(in_memory(in_memory()), tmp_path)
+    loaded = load_package(tmp_path)
+    assert loaded.previous is not None
+    one = loaded.only(1)
+    assert one.previous is not None
+    assert list(one.previous.weights) == [1]
+    other = replace(loaded, previous=loaded.previous.only(1))
+    assert len({loaded.digest, one.digest, other.digest, loaded.previous.digest}) == 4
+
+
+@pytest.mark.parametrize("change", ["altered", "missing", "without", "needless"])
+def test_a_harmed_earlier_stage_is_refused(tmp_path: Path, change: str) -> None:
+    write_package(in_memory(in_memory()), tmp_path)
+    manifest = Manifest.load(tmp_path / "package.json")
+    assert manifest.previous is not None
+    file = tmp_path / manifest.previous.folds[0].weights
+    if change == "altered":
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    if change == "missing":
+        file.unlink()
+    if change == "without":
+        rewrite(tmp_path, previous=None)
+    if change == "needless":
+        body = json.loads((tmp_path / "package.json").read_text())
+        rewrite(tmp_path, previous={**body["previous"], "previous": body["previous"]})
+    words = {
+        "altered": "was altered", "missing": "is missing", "without": "has None before 2d .expected 2d",
+        "needless": "has 2d before 2d .expected None",
+    }  # fmt: skip
+    with pytest.raises(PackageError, match=words[change]):
+        load_package(tmp_path)
+
+
+def test_a_package_of_before_cascades_loads(folder: Path) -> None:
+    """Its manifest lacks what has been added since."""
+    loaded = load_package(folder)
+    body = json.loads((folder / "package.json").read_text())
+    for added in ("notes", "previous"):
+        del body[added]
+    for fold in body["folds"].values():
+        del fold["source"]
+    (folder / "package.json").write_text(json.dumps(body))
+    assert same(load_package(folder), loaded)

@@ -59,6 +59,9 @@ def test_divisor_is_the_product_of_the_strides() -> None:
         ({"features": (8, 16)}, "one entry a stage"),
         ({"features": (8,), "kernel_sizes": ((3,),), "strides": ((1,),)}, "two stages at least"),
         ({"convs_per_stage": 0}, "convs_per_stage"),
+        ({"convs_per_stage": (2, 2)}, "one entry a stage; got 2"),
+        ({"decoder_convs": (2, 2, 2)}, "one entry a decoder stage; got 3"),
+        ({"decoder_convs": (2, 0)}, "decoder_convs"),
     ],
 )
 def test_network_refuses(change: dict[str, Any], words: str) -> None:
@@ -90,6 +93,9 @@ def test_configuration_refuses(change: dict[str, Any], words: str) -> None:
         ({"channels": ("MR", "CT")}, "2 channels need as many normalisations"),
         ({"device": "tpu"}, "device"),
         ({"configurations": {"4d": CONFIGURATION}}, "configurations"),
+        ({"region_order": (1,)}, "one integer a region; got .1,"),
+        ({"keep_largest": ((1,), (1, 3))}, r"integers \[3\] that no label has"),
+        ({"labels": Labels(values={"a": 1}, regions={"r": (1,)}), "region_order": (2,)}, r"integers \[2\]"),
     ],
 )
 def test_plan_refuses(change: dict[str, Any], words: str) -> None:
@@ -109,3 +115,19 @@ def test_an_override_reaches_into_a_configuration() -> None:
     assert plan.configuration("3d_fullres").patch_size == (8, 16, 16)
     with pytest.raises(PlanError, match="no multiple"):
         plan.override(["plan.configurations.3d_fullres.patch_size.0=7"])
+
+
+def test_channels_in_and_out() -> None:
+    labels = Labels(values={"core": 1, "oedema": 2}, regions={"whole": (1, 2), "core": (1,), "edge": (2,)})
+    plan = Plan(**PLAN | {"labels": labels})
+    alone = plan.configuration("3d_fullres")
+    second = alone.model_copy(update={"previous": "3d_lowres"})
+    assert (plan.outputs, plan.inputs(alone), plan.inputs(second)) == (3, 1, 3)  # a channel a class, beside the image
+    assert Plan(**PLAN | {"labels": labels, "region_order": (1, 1, 2)}).outputs == 3
+    assert Plan(**PLAN | {"labels": labels, "region_order": (2, 1, 2)}).inputs(second) == 3
+
+
+def test_the_order_of_regions_survives_json(tmp_path: Path) -> None:
+    labels = Labels(values={"a": 1, "b": 2}, regions={"z": (1, 2), "a": (1,)})
+    Plan(**PLAN | {"labels": labels, "region_order": (1, 2)}).save(tmp_path / "plan.json")
+    assert list(Plan.load(tmp_path / "plan.json").labels.regions) == ["z", "a"]

@@ -1,16 +1,25 @@
-"""nnU-Net's networks and ours, with the same weights, give the same logits."""
+"""nnU-Net's networks and ours give the same logits, and its model folders become packages that say what they said."""
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from medseg.errors import PackageError
-from medseg.interop.nnunet import network_weights
+from medseg.errors import InputError, MedsegError, PackageError
+from medseg.interop.nnunet import import_model, network_weights
 from medseg.networks import ResidualUNet, UNet
+from medseg.package import ModelPackage, load_package
+from medseg.plan import Resampling
 
 ANISOTROPIC: dict[str, Any] = {
     "features": (4, 6, 8, 8),
@@ -77,23 +86,32 @@ def test_equal_function(kind: str, ours: type[UNet], dims: int, sizes: dict[str,
 # Without the peer: the names as nnU-Net writes them
 
 
-def plain_state() -> dict[str, Tensor]:
-    """Of two stages with 2 and 4 features, one convolution each, 1 channel and 3 classes."""
+def plain_state(
+    dims: int = 2, channels: int = 1, outputs: int = 3, decoder_convs: int = 1, features: Sequence[int] = (2, 4)
+) -> dict[str, Tensor]:
+    """Of two stages with one convolution each, every kind of layer with a number of its own."""
+    high, low = features
     state = {}
     for prefix in ("encoder.", "decoder.encoder."):
-        for stage, (before, after) in enumerate([(1, 2), (2, 4)]):
-            block = f"{prefix}stages.{stage}.0.convs.0."
-            for conv, norm in (("conv", "norm"), ("all_modules.0", "all_modules.1")):
-                state[f"{block}{conv}.weight"] = torch.full((after, before, 3, 3), stage + 1.0)
-                state |= {f"{block}{layer}": torch.zeros(after) for layer in (f"{conv}.bias", f"{norm}.weight")}
-                state[f"{block}{norm}.bias"] = torch.zeros(after)
-    state["decoder.transpconvs.0.weight"] = torch.full((4, 2, 2, 2), 3.0)
-    state["decoder.transpconvs.0.bias"] = torch.zeros(2)
-    state["decoder.stages.0.convs.0.conv.weight"] = torch.full((2, 4, 3, 3), 4.0)
-    for name in ("conv.bias", "norm.weight", "norm.bias"):
-        state[f"decoder.stages.0.convs.0.{name}"] = torch.zeros(2)
-    state["decoder.seg_layers.0.weight"] = torch.full((3, 2, 1, 1), 5.0)
-    state["decoder.seg_layers.0.bias"] = torch.zeros(3)
+        for stage, (before, after) in enumerate([(channels, high), (high, low)]):
+            state |= block(f"{prefix}stages.{stage}.0.convs.0.", before, after, dims, stage + 1.0)
+    state["decoder.transpconvs.0.weight"] = torch.full((low, high, *[2] * dims), 3.0)
+    state["decoder.transpconvs.0.bias"] = torch.zeros(high)
+    for conv in range(decoder_convs):
+        state |= block(f"decoder.stages.0.convs.{conv}.", high if conv else 2 * high, high, dims, 4.0)
+    state["decoder.seg_layers.0.weight"] = torch.full((outputs, high, *[1] * dims), 5.0)
+    state["decoder.seg_layers.0.bias"] = torch.arange(float(outputs))
+    return state
+
+
+def block(prefix: str, before: int, after: int, dims: int, number: float) -> dict[str, Tensor]:
+    """A convolution and a norm, by both names that nnU-Net has for them."""
+    state = {}
+    for conv, norm in (("conv", "norm"), ("all_modules.0", "all_modules.1")):
+        state[f"{prefix}{conv}.weight"] = torch.full((after, before, *[3] * dims), number)
+        state |= {
+            f"{prefix}{layer}": torch.zeros(after) for layer in (f"{conv}.bias", f"{norm}.weight", f"{norm}.bias")
+        }
     return state
 
 
@@ -173,3 +191,763 @@ def test_what_does_not_fit_is_named() -> None:
         network_weights(whole, small())
     with pytest.raises(PackageError, match=r"28 are missing .*, \.\.\."):
         network_weights({}, UNet(2, 1, 3, (2, 4)))
+
+
+# ---- model folders ---------------------------------------------------------------------------------------------------
+
+IMAGE = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+LABEL = {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None}
+LOGITS = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
+INTENSITIES = {"mean": 99.5, "std": 37.1, "median": 97.0, "percentile_00_5": -958.0, "percentile_99_5": 270.0}
+
+
+def settings_of(dims: int = 3, **changes: Any) -> dict[str, Any]:
+    """A configuration of nnU-Net's plans with the network of ``plain_state``."""
+    return {
+        "data_identifier": "nnUNetPlans_x",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 9,
+        "patch_size": [16, 24, 32][:dims],
+        "median_image_size_in_voxels": [36.0, 50.5, 35.0][:dims],
+        "spacing": [3.6, 0.6, 0.7][:dims],
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": IMAGE,
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg_kwargs": LABEL,
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities_kwargs": LOGITS,
+        "batch_dice": False,
+        "architecture": architecture_of(dims),
+        **changes,
+    }
+
+
+def architecture_of(dims: int = 3, kind: str = "PlainConvUNet", **changes: Any) -> dict[str, Any]:
+    arguments = {
+        "n_stages": 2,
+        "features_per_stage": [2, 4],
+        "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
+        "kernel_sizes": [[3] * dims] * 2,
+        "strides": [[1] * dims, [2] * dims],
+        "n_conv_per_stage": [1, 1],
+        "n_conv_per_stage_decoder": [1],
+        "conv_bias": True,
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+        **changes,
+    }
+    name = f"dynamic_network_architectures.architectures.unet.{kind}"
+    return {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": ["conv_op", "norm_op"]}
+
+
+def write_model(
+    folder: Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    plans: Mapping[str, Any] | None = None,
+    dataset: Mapping[str, Any] | None = None,
+    configuration: str = "3d_fullres",
+    folds: Sequence[int | str] = (0,),
+    state: Mapping[str, Any] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Path:
+    """A model folder as nnU-Net writes it, with changes at every level."""
+    settings = settings_of() if settings is None else settings
+    body = {
+        "dataset_name": "Dataset004_Hippocampus",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
+        "original_median_shape_after_transp": [36, 50, 35],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": INTENSITIES},
+        "configurations": {configuration: settings},
+        **(plans or {}),
+    }
+    about = {
+        "channel_names": {"0": "MRI"},
+        "labels": {"background": 0, "anterior": 1, "posterior": 2},
+        "numTraining": 260,
+        "file_ending": ".nii.gz",
+        **(dataset or {}),
+    }
+    folder.mkdir(parents=True)
+    (folder / "plans.json").write_text(json.dumps(body))
+    (folder / "dataset.json").write_text(json.dumps(about))
+    saved = {
+        "network_weights": plain_state(len(settings["patch_size"])) if state is None else state,
+        "trainer_name": "nnUNetTrainer",
+        "init_args": {"configuration": configuration, "device": torch.device("cpu")},
+        "inference_allowed_mirroring_axes": (0, 1),
+        "optimizer_state": {"state": {0: {"momentum_buffer": torch.zeros(3)}}},
+        "logging": {"mean_fg_dice": [np.float64(0.5)], "train_losses": [np.float32(1)], "lrs": [0.01]},
+        "_best_ema": np.float64(0.5),
+        **(checkpoint or {}),
+    }
+    for fold in folds:
+        (folder / f"fold_{fold}").mkdir()
+        torch.save(saved, folder / f"fold_{fold}" / "checkpoint_final.pth")
+    return folder
+
+
+def imported(tmp_path: Path, *args: Any, orientation: str = "stored", **changes: Any) -> ModelPackage:
+    folder = write_model(tmp_path / "model", *args, **changes)
+    import_model(folder, tmp_path / "package", orientation=orientation)
+    return load_package(tmp_path / "package")
+
+
+def test_a_model_becomes_a_package(tmp_path: Path) -> None:
+    package = imported(tmp_path)
+    plan, setup = package.plan, package.configuration
+    assert (package.manifest.name, package.manifest.configuration) == ("Dataset004_Hippocampus", "3d_fullres")
+    assert (plan.orientation, plan.axes, plan.channels) == ("stored", (2, 1, 0), ("MRI",))
+    assert plan.labels.values == {"anterior": 1, "posterior": 2}
+    assert plan.normalisation[0].scheme == "zscore"
+    assert (setup.spacing_mm, setup.patch_size, setup.mirror_axes) == ((3.6, 0.6, 0.7), (16, 24, 32), (0, 1))
+    assert (setup.median_shape, setup.batch_size, setup.batch_dice) == ((36, 50, 35), 9, False)
+    assert setup.estimated_memory_mb > 1
+    (network,) = package.networks()
+    assert isinstance(network, UNet)
+    assert network.heads[0].weight.unique().tolist() == [5]
+    assert network.heads[0].bias.tolist() == [0, 1, 2]
+    record = package.manifest.folds[0]
+    assert (record.source, record.seed, record.train_cases) == ("fold_0/checkpoint_final.pth", None, None)
+    card = (tmp_path / "package" / "README.md").read_text()
+    words = "From nnU-Net v2: Dataset004_Hippocampus, nnUNetPlans, 3d_fullres, trained by nnUNetTrainer; fold_0/check"
+    assert words in card
+    assert "| 0 | not known | not known | not known | not known | not measured |" in card
+
+
+def test_pictures_are_two_dimensional(tmp_path: Path) -> None:
+    settings = settings_of(2, normalization_schemes=["RGBTo01Normalization"] * 3, use_mask_for_norm=[False] * 3)
+    channels = {"channel_names": {"2": "B", "0": "R", "1": "G"}, "file_ending": ".png"}
+    package = imported(
+        tmp_path,
+        settings,
+        plans={"image_reader_writer": "NaturalImage2DIO"},
+        dataset=channels,
+        configuration="2d",
+        state=plain_state(2, channels=3),
+    )
+    assert package.plan.channels == ("R", "G", "B")
+    assert {rule.scheme for rule in package.plan.normalisation} == {"rgb"}
+    assert package.configuration.spacing_mm == (None, 3.6, 0.6)
+    assert package.configuration.median_shape == (36, 36, 50)
+    assert package.configuration.patch_size == (16, 24)
+
+
+def test_old_plans_say_the_same(tmp_path: Path) -> None:
+    """Those before version 2.4, as in TotalSegmentator's models."""
+    old = settings_of() | {
+        "UNet_class_name": "PlainConvUNet",
+        "UNet_base_num_features": 2,
+        "unet_max_num_features": 320,
+        "n_conv_per_stage_encoder": [1, 1],
+        "n_conv_per_stage_decoder": [1],
+        "num_pool_per_axis": [1, 1, 1],
+        "pool_op_kernel_sizes": [[1, 1, 1], [2, 2, 2]],
+        "conv_kernel_sizes": [[3, 3, 3], [3, 3, 3]],
+    }
+    del old["architecture"]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").mkdir()
+    first, second = imported(tmp_path / "new"), imported(tmp_path / "old", old)
+    assert first.digest == second.digest
+    capped = old | {"unet_max_num_features": 3}
+    with pytest.raises(PackageError, match="have another shape"):
+        import_model(write_model(tmp_path / "capped", capped), tmp_path / "out")
+
+
+def test_a_residual_network(tmp_path: Path) -> None:
+    shape = {"n_conv_per_stage": None, "n_blocks_per_stage": [1, 2]}
+    body = architecture_of(2, "ResidualEncoderUNet", **shape)
+    with pytest.raises(PackageError, match="architecture, n_conv_per_stage: is None"):
+        import_model(write_model(tmp_path / "a", settings_of(2, architecture=body), configuration="2d"), tmp_path / "p")
+    del body["arch_kwargs"]["n_conv_per_stage"]
+    package = imported(tmp_path, settings_of(2, architecture=body), configuration="2d", state=residual_state())
+    assert package.configuration.network.name == "residual_unet"
+    assert package.configuration.network.convs_per_stage == (1, 2)
+    package.networks()
+
+
+def test_the_decoder_begins_at_the_bottom(tmp_path: Path) -> None:
+    """And numbers of convolutions, kernels, strides and features may be one for all stages."""
+    sizes = {"n_stages": 3, "features_per_stage": 2, "kernel_sizes": 3, "strides": [1, [2, 2, 2], 2]}
+    convs = {"n_conv_per_stage": 1, "n_conv_per_stage_decoder": [1, 3]}
+    state = {}
+    for stage in range(3):
+        state |= block(f"encoder.stages.{stage}.0.convs.0.", 2 if stage else 1, 2, 3, 1.0)
+    for stage, count in enumerate((1, 3)):
+        for conv in range(count):
+            state |= block(f"decoder.stages.{stage}.convs.{conv}.", 2 if conv else 4, 2, 3, 1.0)
+        state |= {f"decoder.transpconvs.{stage}.weight": torch.ones(2, 2, 2, 2, 2)}
+        state |= {f"decoder.transpconvs.{stage}.bias": torch.ones(2)}
+        state |= {f"decoder.seg_layers.{stage}.weight": torch.full((3, 2, 1, 1, 1), stage + 1.0)}
+        state |= {f"decoder.seg_layers.{stage}.bias": torch.ones(3)}
+    package = imported(tmp_path, settings_of(architecture=architecture_of(**sizes, **convs)), state=state)
+    network = package.configuration.network
+    assert (network.decoder_convs, network.features, network.divisor) == ((3, 1), (2, 2, 2), (4, 4, 4))
+    (built,) = package.networks()
+    assert [len(stage) for stage in built.decoder] == [3, 1]  # type: ignore[arg-type,union-attr]
+    assert [head.weight.unique().item() for head in built.heads] == [2]  # type: ignore[union-attr]
+
+
+def test_a_trainer_with_batch_norm(tmp_path: Path) -> None:
+    state = plain_state(3)
+    for name in [name for name in state if name.endswith((".norm.bias", ".all_modules.1.bias"))]:
+        for part in ("running_mean", "running_var"):
+            state[name.replace("bias", part)] = torch.ones_like(state[name])
+        state[name.replace("bias", "num_batches_tracked")] = torch.tensor(7)
+    package = imported(tmp_path, state=state, checkpoint={"trainer_name": "nnUNetTrainerBN"})
+    assert package.configuration.network.norm == "batch"
+    (network,) = package.networks()
+    assert network.encoder[0][0].norm.num_batches_tracked == 7  # type: ignore[index,union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "PrimusM"}, "architecture: is 'PrimusM' .expected 'PlainConvUNet' or 'ResidualEncoderUNet'"),
+        ({"conv_bias": False}, "conv_bias: is False"),
+        ({"conv_op": "torch.nn.modules.conv.Conv2d"}, "conv_op: is 'Conv2d'"),
+        ({"norm_op": "torch.nn.modules.normalization.GroupNorm"}, "norm_op: is 'GroupNorm'"),
+        ({"norm_op_kwargs": {"eps": 0.001, "affine": True}}, "norm_op_kwargs: is {'eps': 0.001"),
+        ({"norm_op_kwargs": None}, "norm_op_kwargs: is .*'affine': False"),
+        ({"nonlin": "torch.nn.GELU"}, "nonlin: is 'GELU'"),
+        ({"nonlin_kwargs": {"negative_slope": 0.2}}, "nonlin_kwargs: is {'negative_slope': 0.2}"),
+        ({"nonlin_first": True}, "nonlin_first: is True"),
+        ({"stem_channels": 3}, "stem_channels: is 3"),
+        ({"dropout_op": "torch.nn.AlphaDropout"}, "dropout_op: is 'AlphaDropout'"),
+        ({"squeeze_excitation": True}, "squeeze_excitation: is True"),
+    ],
+)
+def test_a_network_that_ours_is_not_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    folder = write_model(tmp_path / "model", settings_of(architecture=architecture_of(**change)))
+    with pytest.raises(PackageError, match=words):
+        import_model(folder, tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
+def test_what_makes_no_difference_is_taken(tmp_path: Path) -> None:
+    same = {
+        "dropout_op": "torch.nn.Dropout3d",
+        "dropout_op_kwargs": {"p": 0.25},
+        "nonlin_kwargs": {"negative_slope": 0.01, "inplace": False},
+        "stem_channels": 2,
+        "block": "dynamic_network_architectures.building_blocks.residual.BasicBlockD",
+        "deep_supervision": True,
+    }
+    package = imported(tmp_path, settings_of(architecture=architecture_of(**same)))
+    assert package.configuration.network.dropout == 0.25
+    package.networks()
+
+
+# ---- intensities, grids, labels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reader", "asked", "forward", "orientation", "axes"),
+    [
+        ("SimpleITKIO", "stored", [0, 1, 2], "stored", (2, 1, 0)),
+        ("NibabelIO", "stored", [2, 0, 1], "stored", (0, 2, 1)),  # (K, J, I) to (I, K, J)
+        ("SimpleITKIO", "RAS", [1, 0, 2], "RAS", (1, 2, 0)),
+        ("NibabelIOWithReorient", "stored", [0, 1, 2], "RAS", (2, 1, 0)),
+        ("SimpleITKIOWithReorient", "RAS", [0, 1, 2], "RAS", (2, 1, 0)),
+    ],
+)
+def test_axes(
+    tmp_path: Path, reader: str, asked: str, forward: list[int], orientation: str, axes: tuple[int, ...]
+) -> None:
+    plans = {"image_reader_writer": reader, "transpose_forward": forward}
+    plan = imported(tmp_path, plans=plans, orientation=asked).plan
+    assert (plan.orientation, plan.axes) == (orientation, axes)
+
+
+@pytest.mark.parametrize(
+    ("reader", "asked", "error", "words"),
+    [
+        ("Tiff3DIO", "stored", PackageError, "read by Tiff3DIO .expected SimpleITKIO or NibabelIO"),
+        ("NibabelIOWithReorient", "LPS", InputError, "is LPS .expected RAS, to which NibabelIOWithReorient"),
+        ("SimpleITKIO", "RAX", InputError, "orientation letter is one of"),
+        ("SimpleITKIO", "RRS", InputError, "each of L/R, P/A and I/S once"),
+    ],
+)
+def test_axes_that_cannot_be(tmp_path: Path, reader: str, asked: str, error: type[MedsegError], words: str) -> None:
+    folder = write_model(tmp_path / "model", plans={"image_reader_writer": reader})
+    with pytest.raises(error, match=words):
+        import_model(folder, tmp_path / "package", orientation=asked)
+
+
+def test_intensities(tmp_path: Path) -> None:
+    schemes = ["CTNormalization", "ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization"]
+    settings = settings_of(normalization_schemes=schemes, use_mask_for_norm=[False, True, True, False])
+    channels = {"modality": {str(n): f"c{n}" for n in range(4)}}
+    folder = write_model(tmp_path / "model", settings, state=plain_state(3, channels=4))
+    about = json.loads((folder / "dataset.json").read_text())
+    del about["channel_names"]
+    (folder / "dataset.json").write_text(json.dumps(about | channels))
+    import_model(folder, tmp_path / "package")
+    plan = load_package(tmp_path / "package").plan
+    assert [rule.scheme for rule in plan.normalisation] == ["ct", "zscore", "none", "minmax"]
+    assert [rule.nonzero_only for rule in plan.normalisation] == [False, True, False, False]
+    ct = plan.normalisation[0]
+    assert (ct.mean, ct.std, ct.lower, ct.upper) == (99.5, 37.1, -958.0, 270.0)
+    other = write_model(tmp_path / "other", settings_of(normalization_schemes=["SquareRoot"]))
+    with pytest.raises(PackageError, match="normalization_schemes: is 'SquareRoot'"):
+        import_model(other, tmp_path / "package")
+
+
+def resampling(function: str = "resample_data_or_seg_to_shape", **kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    given = {"data": IMAGE, "seg": LABEL, "probabilities": LOGITS} | kwargs
+    return {f"resampling_fn_{kind}": function for kind in given} | {
+        f"resampling_fn_{kind}_kwargs": value for kind, value in given.items()
+    }
+
+
+TORCH = {"is_seg": False, "force_separate_z": False, "memefficient_seg_resampling": False}
+APART = {"is_seg": False, "force_separate_z": None, "separate_z_anisotropy_threshold": 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (resampling(), Resampling()),
+        (
+            resampling(data=IMAGE | {"order": 1, "order_z": 3}, probabilities=LOGITS | {"order": 0, "order_z": 1}),
+            Resampling(image=1, image_along_low=3, logits=0, logits_along_low=1),
+        ),
+        (
+            resampling(data=IMAGE | {"force_separate_z": True}, probabilities=LOGITS | {"force_separate_z": True}),
+            Resampling(separate="always"),
+        ),
+        # without the argument nnU-Net's function never treats an axis apart
+        (resampling(data={}, probabilities={"order": 1}), Resampling(separate="never")),
+        (
+            resampling("resample_torch_fornnunet", data=TORCH, probabilities=TORCH),
+            Resampling(image=1, separate="never"),
+        ),
+        (
+            resampling("resample_torch_fornnunet", data=APART, probabilities=APART),
+            Resampling(image=1, anisotropy=4),
+        ),
+    ],
+)
+def test_resampling(tmp_path: Path, change: dict[str, Any], expected: Resampling) -> None:
+    assert imported(tmp_path, settings_of(**change)).plan.resampling == expected
+
+
+def test_without_resampling_every_grid_is_its_own(tmp_path: Path) -> None:
+    package = imported(tmp_path, settings_of(**resampling("no_resampling_hack", data={}, seg={}, probabilities={})))
+    assert package.configuration.spacing_mm == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (resampling("my_resampling"), "resampling_fn_data: is 'my_resampling'"),
+        (resampling(data=IMAGE | {"order": 2}), "resampling_fn_data, order: is 2 .expected 0 or 1 or 3"),
+        (resampling(probabilities=LOGITS | {"order": 3}), "resampling_fn_probabilities, order: is 3 .expected 0 or 1"),
+        (resampling(data=IMAGE | {"order_z": 4}), "order_z: is 4"),
+        (resampling(data=IMAGE | {"is_seg": True}), "is_seg: is True"),
+        (resampling(data=IMAGE | {"mode": "wrap"}), "has the argument 'mode'"),
+        (resampling(data=IMAGE | {"force_separate_z": False}), "force_separate_z and threshold: is ..auto', 3.0"),
+        (resampling("resample_torch_fornnunet", data=APART | {"mode": "area"}, probabilities=APART), "mode: is 'area'"),
+        (
+            resampling("resample_torch_fornnunet", data=APART | {"aniso_axis_mode": "nearest"}, probabilities=APART),
+            "aniso_axis_mode: is 'nearest' .expected 'nearest-exact' or 'linear'",
+        ),
+        (
+            {**resampling(), "resampling_fn_probabilities": "no_resampling_hack"},
+            "resampling: is of images alone",
+        ),
+    ],
+)
+def test_resampling_that_cannot_be(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(PackageError, match=words):
+        import_model(write_model(tmp_path / "model", settings_of(**change)), tmp_path / "package")
+
+
+def test_regions_are_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """As in BraTS, where one integer has a name of its own and an ignore label is above all."""
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+    package = imported(
+        tmp_path,
+        dataset={"labels": labels, "regions_class_order": [1, 2, 3]},
+        state=plain_state(3, outputs=3),
+    )
+    plan = package.plan
+    assert list(plan.labels.regions.items()) == [("whole", (1, 2, 3)), ("core", (2, 3)), ("enhancing", (3,))]
+    assert plan.labels.values == {"label 1": 1, "label 2": 2, "enhancing": 3}
+    assert (plan.labels.ignore, plan.region_order, plan.outputs) == (4, (1, 2, 3), 3)
+    assert package.configuration.training.loss == "bce_dice"
+    package.networks()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ({"labels": {"background": 0, "all": [1, 2], "one": 1}}, "regions_class_order: is missing"),
+        ({"labels": {"background": 0, "all": [0, 1]}, "regions_class_order": [1]}, "a region holds the background"),
+        ({"labels": {"background": 0, "all": [1, 2]}, "regions_class_order": [1, 2]}, "one integer a region"),
+        ({"labels": {"background": 0}}, "at least one label"),
+        ({"labels": ["a", "b"]}, "not as nnU-Net v2 writes it"),
+        ({"channel_names": {"x": "MRI"}}, "not as nnU-Net v2 writes it: ValueError"),
+    ],
+)
+def test_labels_that_cannot_be(tmp_path: Path, dataset: dict[str, Any], words: str) -> None:
+    with pytest.raises(PackageError, match=words):
+        import_model(write_model(tmp_path / "model", dataset=dataset), tmp_path / "package")
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("3d_lowres", "3d_lowres"), ("3d_lowres_large", "3d_lowres"), ("3d_high", "3d_fullres")]
+)
+def test_a_configuration_of_another_name(tmp_path: Path, name: str, ours: str) -> None:
+    assert imported(tmp_path, configuration=name).manifest.configuration == ours
+
+
+def test_a_configuration_inherits(tmp_path: Path) -> None:
+    configurations = {
+        "3d_fullres": settings_of(),
+        "3d_bs4": {"inherits_from": "3d_fullres", "batch_size": 4, "patch_size": [32, 32, 32]},
+        "3d_bs4_ct": {"inherits_from": "3d_bs4", "normalization_schemes": ["CTNormalization"]},
+    }
+    package = imported(tmp_path, plans={"configurations": configurations}, configuration="3d_bs4_ct")
+    assert (package.configuration.batch_size, package.configuration.patch_size) == (4, (32, 32, 32))
+    assert package.configuration.spacing_mm == (3.6, 0.6, 0.7)
+    assert package.plan.normalisation[0].scheme == "ct"
+
+
+@pytest.mark.parametrize(
+    ("configurations", "words"),
+    [
+        ({"2d": {}}, "has no configuration '3d_fullres' .expected 2d"),
+        ({"3d_fullres": {"inherits_from": "base"}}, "has no configuration 'base'"),
+        ({"3d_fullres": {"inherits_from": "b"}, "b": {"inherits_from": "3d_fullres"}}, "no circle"),
+        ({"3d_fullres": {**settings_of(), "spacing": None}}, "not as nnU-Net v2 writes it: TypeError"),
+        ({"3d_fullres": {k: v for k, v in settings_of().items() if k != "patch_size"}}, "KeyError 'patch_size'"),
+        ({"3d_fullres": settings_of(patch_size=[15, 16, 16])}, "no multiple of"),
+        ({"3d_fullres": settings_of(preprocessor_name="Mine")}, "preprocessor_name: is 'Mine'"),
+    ],
+)
+def test_a_configuration_that_cannot_be(tmp_path: Path, configurations: dict[str, Any], words: str) -> None:
+    folder = write_model(tmp_path / "model", plans={"configurations": configurations})
+    with pytest.raises(PackageError, match=words):
+        import_model(folder, tmp_path / "package")
+
+
+def test_a_label_manager_of_ones_own_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", plans={"label_manager": "Mine"})
+    with pytest.raises(PackageError, match="label_manager: is 'Mine'"):
+        import_model(folder, tmp_path / "package")
+
+
+def cascade(tmp_path: Path, **dataset: Any) -> tuple[Path, Path]:
+    """A low-resolution model and the one after it, which sees two classes beside the image."""
+    configurations = {
+        "3d_lowres": settings_of(spacing=[4.0, 2.0, 2.0]),
+        "3d_fullres": settings_of(),
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }
+    plans = {"configurations": configurations}
+    low = write_model(tmp_path / "low", plans=plans, dataset=dataset, configuration="3d_lowres", folds=(0, 1))
+    high = write_model(
+        tmp_path / "high",
+        plans=plans,
+        configuration="3d_cascade_fullres",
+        folds=(0, 1),
+        state=plain_state(3, channels=3),
+    )
+    return low, high
+
+
+def test_a_cascade_is_one_package(tmp_path: Path) -> None:
+    low, high = cascade(tmp_path)
+    write_postprocessing(low, "0_1", [1])
+    write_postprocessing(high, "0_1", [2])
+    import_model(high, tmp_path / "package", previous=low)
+    package = load_package(tmp_path / "package")
+    assert (package.manifest.configuration, package.configuration.previous) == ("3d_cascade_fullres", "3d_lowres")
+    assert package.previous is not None
+    assert package.previous.configuration.spacing_mm == (4.0, 2.0, 2.0)
+    assert package.plan.inputs(package.configuration) == 3
+    assert [len(stage.networks()) for stage in (package, package.previous)] == [2, 2]
+    # nnU-Net's second stage sees the masks of the first as they are
+    assert (package.plan.keep_largest, package.previous.plan.keep_largest) == (((2,),), ())
+
+
+def test_a_cascade_needs_both_stages(tmp_path: Path) -> None:
+    low, high = cascade(tmp_path)
+    with pytest.raises(PackageError, match=r"3d_cascade_fullres is a cascade .expected a model of 3d_lowres before it"):
+        import_model(high, tmp_path / "package")
+    with pytest.raises(PackageError, match=r"is a model of 3d_cascade_fullres .expected of 3d_lowres"):
+        import_model(high, tmp_path / "package", previous=high)
+    with pytest.raises(PackageError, match="3d_lowres is no cascade"):
+        import_model(low, tmp_path / "package", previous=low)
+    other, _ = cascade(tmp_path / "other", labels={"background": 0, "left": 1, "right": 2})
+    with pytest.raises(PackageError, match=r"labels are .*anterior.*those before.*left"):
+        import_model(high, tmp_path / "package", previous=other)
+    plans = json.loads((high / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["resampling_fn_seg_kwargs"] = {**LABEL, "order": 3}
+    (high / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(PackageError, match="resampling_fn_seg, order: is 3"):
+        import_model(high, tmp_path / "package", previous=low)
+
+
+# ---- folds and checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_folds(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", folds=(0, 1, 3, "all"))
+    (folder / "fold_2").mkdir()
+    torch.save({}, folder / "fold_2" / "checkpoint_best.pth")
+
+    def folds(**more: Any) -> dict[int, str | None]:
+        import_model(folder, tmp_path / "package", **more)
+        return {n: record.source for n, record in load_package(tmp_path / "package").manifest.folds.items()}
+
+    assert list(folds()) == [0, 1, 3]
+    assert list(folds(folds=["1"])) == [1]
+    assert folds(folds=["all"]) == {0: "fold_all/checkpoint_final.pth"}
+    assert folds(folds=(0, "all")) == {0: "fold_0/checkpoint_final.pth", 1: "fold_all/checkpoint_final.pth"}
+    words = "has no fold_2/checkpoint_final.pth .expected fold_0/checkpoint_final.pth or .*fold_2/checkpoint_best.pth"
+    with pytest.raises(PackageError, match=words):
+        folds(folds=[0, 2])
+    with pytest.raises(PackageError, match=r"has no fold_\*/checkpoint_latest.pth"):
+        folds(checkpoint="checkpoint_latest.pth")
+    alone = write_model(tmp_path / "alone", folds=["all"])
+    import_model(alone, tmp_path / "package")
+    assert list(load_package(tmp_path / "package").manifest.folds) == [0]
+
+
+def test_folds_of_two_configurations_are_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    other = write_model(tmp_path / "other", configuration="3d_lowres")
+    (other / "fold_0").rename(folder / "fold_1")
+    with pytest.raises(PackageError, match="folds are of 3d_fullres and 3d_lowres"):
+        import_model(folder, tmp_path / "package")
+
+
+def test_the_dice_of_the_validation(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", folds=(0, 1), dataset={"licence": "CC-BY-SA 4.0", "reference": "KCL"})
+    for fold, dice in ((0, 0.875), (1, float("nan"))):
+        (folder / f"fold_{fold}" / "validation").mkdir()
+        summary = {"foreground_mean": {"Dice": dice}, "metric_per_case": [{}, {}]}
+        (folder / f"fold_{fold}" / "validation" / "summary.json").write_text(json.dumps(summary))
+    (folder / "dataset_fingerprint.json").write_text("{}")
+    import_model(folder, tmp_path / "package", name="Mine")
+    package = load_package(tmp_path / "package")
+    assert [(r.dice, r.validation_cases) for r in package.manifest.folds.values()] == [(0.875, 2), (None, 2)]
+    assert (package.manifest.name, package.manifest.licence) == ("Mine", "CC-BY-SA 4.0")
+    assert "Data: KCL" in package.manifest.notes
+    assert package.plan.fingerprint_digest.startswith("44136fa355b3678a")  # SHA-256 of {}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrapped_weights_are_unwrapped(tmp_path: Path, prefix: str) -> None:
+    state = {prefix + name: tensor.half() for name, tensor in plain_state(3).items()}
+    package = imported(tmp_path, state=state)
+    assert package.networks()[0].heads[0].weight.unique().tolist() == [5]  # type: ignore[index,union-attr]
+
+
+@pytest.mark.parametrize("axes", [None, ()])
+def test_without_mirroring(tmp_path: Path, axes: Any) -> None:
+    package = imported(tmp_path, checkpoint={"inference_allowed_mirroring_axes": axes})
+    assert package.configuration.mirror_axes == ()
+
+
+class Trap:
+    """Unpickling one of these leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    folder = write_model(tmp_path / "model", checkpoint={"logging": Trap(mark)})
+    torch.load(folder / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    assert mark.exists()  # so the trap works
+    mark.rmdir()
+    with pytest.raises(
+        PackageError, match=r"checkpoint_final.pth: holds (posix|nt).mkdir, which could run code, and was"
+    ):
+        import_model(folder, tmp_path / "package")
+    assert not mark.exists()
+    (folder / "fold_0" / "checkpoint_final.pth").write_bytes(pickle.dumps(Trap(mark), protocol=2))
+    with pytest.raises(PackageError):
+        import_model(folder, tmp_path / "package")
+    assert not mark.exists()
+
+
+def test_a_checkpoint_of_numpy_1(tmp_path: Path) -> None:
+    """Its scalars come from a module that has another name since."""
+    folder = write_model(tmp_path / "model")
+    path = folder / "fold_0" / "checkpoint_final.pth"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    old, new = b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            assert name.endswith("data.pkl") == (new in content)
+            archive.writestr(name, content.replace(new, old))
+    import_model(folder, tmp_path / "package")
+    load_package(tmp_path / "package").networks()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"network_weights": {"a": 1}}, "no checkpoint of nnU-Net v2: AttributeError"),
+        ({"state_dict": {}}, "no checkpoint of nnU-Net v2: KeyError 'network_weights'"),
+        ([1, 2], "no checkpoint of nnU-Net v2: TypeError"),
+        ({"network_weights": {}, "trainer_name": "nnUNetTrainer", "init_args": {}}, "KeyError 'configuration'"),
+    ],
+)
+def test_another_checkpoint_is_refused(tmp_path: Path, content: Any, words: str) -> None:
+    folder = write_model(tmp_path / "model")
+    torch.save(content, folder / "fold_0" / "checkpoint_final.pth")
+    with pytest.raises(PackageError, match=words):
+        import_model(folder, tmp_path / "package")
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, -100])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, size: int) -> None:
+    folder = write_model(tmp_path / "model")
+    path = folder / "fold_0" / "checkpoint_final.pth"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(PackageError, match=r"fold_0/checkpoint_final.pth"):
+        import_model(folder, tmp_path / "package")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    state = plain_state(3) | {"decoder.seg_layers.0.bias": torch.tensor([0.0, float("nan"), 1.0])}
+    folder = write_model(tmp_path / "model", state=state)
+    with pytest.raises(PackageError, match=r"fold 0: weights heads\.0\.bias are not finite"):
+        import_model(folder, tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
+# ---- postprocessing, zips, other folders -----------------------------------------------------------------------------
+
+LARGEST = "remove_all_but_largest_component_from_segmentation"
+
+
+def write_postprocessing(folder: Path, folds: str, *steps: Any, function: str = LARGEST, **more: Any) -> Path:
+    results = folder / f"crossval_results_folds_{folds}"
+    results.mkdir()
+    kwargs = [{"labels_or_regions": step, **more} for step in steps]
+    body = {"postprocessing_fns": [function] * len(steps), "postprocessing_kwargs": kwargs}
+    (results / "postprocessing.json").write_text(json.dumps(body))
+    return results
+
+
+def test_postprocessing(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", folds=(0, 1))
+    write_postprocessing(folder, "0_1_2_3_4", [1, 2], 1, [[1, 2], 2])
+    import_model(folder, tmp_path / "package")
+    assert load_package(tmp_path / "package").plan.keep_largest == ((1, 2), (1,), (1, 2, 2))
+    write_postprocessing(folder, "0_1", 2)
+    import_model(folder, tmp_path / "package")
+    assert load_package(tmp_path / "package").plan.keep_largest == ((2,),)
+    manifest = import_model(folder, tmp_path / "package", folds=[1])
+    assert load_package(tmp_path / "package").plan.keep_largest == ()
+    words = "No postprocessing: there are crossval_results_folds_0_1, crossval_results_folds_0_1_2_3_4, and no cross"
+    assert manifest.notes[-1].startswith(words)
+
+
+def test_a_pickle_of_postprocessing_is_not_read(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    results = write_postprocessing(folder, "0")
+    (results / "postprocessing.pkl").write_bytes(pickle.dumps(Trap(tmp_path / "mark")))
+    assert len(import_model(folder, tmp_path / "package").notes) == 1
+    (results / "postprocessing.json").unlink()
+    note = import_model(folder, tmp_path / "package").notes[-1]
+    assert note == "No postprocessing: crossval_results_folds_0 has it as a pickle alone, which is not read"
+    assert not (tmp_path / "mark").exists()
+    (results / "postprocessing.pkl").unlink()
+    assert len(import_model(folder, tmp_path / "package").notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"function": "fill_holes"}, "has the step fill_holes"),
+        ({"connectivity": 1}, "with labels_or_regions, connectivity"),
+        ({"background_label": 7}, "writes 7 in place of what it removes"),
+    ],
+)
+def test_another_postprocessing_is_refused(tmp_path: Path, more: dict[str, Any], words: str) -> None:
+    folder = write_model(tmp_path / "model")
+    write_postprocessing(folder, "0", 1, **more)
+    with pytest.raises(PackageError, match=words):
+        import_model(folder, tmp_path / "package")
+
+
+def zipped(path: Path, *folders: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for folder in folders:
+            for file in sorted(folder.rglob("*")):
+                if file.is_file():
+                    archive.write(file, f"Dataset004/{folder.name}/{file.relative_to(folder)}")
+        archive.writestr("../outside.txt", "climbs out")
+    return path
+
+
+def test_a_zip_of_one_model(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "trainer__plans__3d_fullres", folds=(0, 1))
+    write_postprocessing(folder, "0_1", 1)
+    import_model(zipped(tmp_path / "model.zip", folder), tmp_path / "package")
+    import_model(folder, tmp_path / "other")
+    assert load_package(tmp_path / "package").digest == load_package(tmp_path / "other").digest
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model.zip", "other", "package", "trainer__plans__3d_fullres",
+    ]  # fmt: skip
+
+
+def test_a_zip_that_is_not_one_model(tmp_path: Path) -> None:
+    first, second = write_model(tmp_path / "a"), write_model(tmp_path / "b")
+    both = zipped(tmp_path / "both.zip", first, second)
+    with pytest.raises(PackageError, match=r"holds 2 models .Dataset004/a, Dataset004/b.*Unpack it"):
+        import_model(both, tmp_path / "package")
+    with pytest.raises(PackageError, match="holds 0 models"):
+        import_model(zipped(tmp_path / "none.zip"), tmp_path / "package")
+    (first / "noise.bin").write_bytes(bytes(20_000_000))
+    with pytest.raises(PackageError, match="unpacks to"):
+        import_model(zipped(tmp_path / "bomb.zip", first), tmp_path / "package")
+    (tmp_path / "text.zip").write_text("no zip")
+    for missing in (tmp_path / "text.zip", tmp_path / "nowhere"):
+        with pytest.raises(PackageError, match="cannot be read"):
+            import_model(missing, tmp_path / "package")
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "Dataset004" / "trainer__plans__2d")
+    with pytest.raises(PackageError, match=r"has no plans.json .expected .*trainer__plans__2d"):
+        import_model(tmp_path / "Dataset004", tmp_path / "package")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PackageError, match="expected a model folder of nnU-Net"):
+        import_model(tmp_path / "empty", tmp_path / "package")
+    folder = write_model(tmp_path / "model")
+    for text, words in (("{", "is no JSON"), ("[]", "holds a JSON list")):
+        (folder / "dataset.json").write_text(text)
+        with pytest.raises(PackageError, match=words):
+            import_model(folder, tmp_path / "package")
+    (folder / "dataset.json").unlink()
+    with pytest.raises(PackageError, match=r"dataset.json: cannot be read"):
+        import_model(folder, tmp_path / "package")
