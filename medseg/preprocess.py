@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor
 
-from medseg.errors import GeometryMismatch
-from medseg.geometry import Box, Geometry
+from medseg.errors import GeometryMismatch, InputError
+from medseg.geometry import Box, Geometry, Reorientation
 from medseg.plan import Configuration, Normalisation, Plan
 from medseg.records import Record
-from medseg.resample import Orders, axis_orders, resample_image, resample_labels, slab_indices
+from medseg.resample import (
+    CHUNK_BYTES,
+    Orders,
+    Place,
+    Slab,
+    Winners,
+    axis_orders,
+    decided,
+    interpolated,
+    resample_into,
+    resample_labels,
+)
 from medseg.volume import Labels, Mask, Volume
 
 Float32 = NDArray[np.float32]
 Matrix = tuple[tuple[float, float, float, float], ...]
+Probabilities = Callable[[Place, Float32], None]
+"""Gets a place of the native array (I, J, K) and the probabilities there, float32 (channels, i, j, k)."""
 
 
 class GridTrace(Record):
@@ -30,6 +46,7 @@ class GridTrace(Record):
         box_start, box_stop: the crop, on the grid after reorientation.
         plan_shape: shape of the prepared array.
         orders: spline orders of the way back.
+        straight: whether a grid whose axes are not orthogonal is resampled to one that is, before the crop.
     """
 
     native_shape: tuple[int, int, int]
@@ -39,6 +56,7 @@ class GridTrace(Record):
     box_stop: tuple[int, int, int]
     plan_shape: tuple[int, int, int]
     orders: Orders
+    straight: bool = True
 
     @property
     def native(self) -> Geometry:
@@ -56,7 +74,7 @@ class Prepared:
     """A case on the plan grid.
 
     Attributes:
-        image: normalised float32 (C, *plan_shape).
+        image: normalised float32 (C, *plan_shape); in a cascade then one channel a class of the earlier mask, 0 or 1.
         indices: label indices uint8 (*plan_shape), or None without a mask.
         trace: the way back.
     """
@@ -66,37 +84,53 @@ class Prepared:
     trace: GridTrace
 
 
-def prepare(volume: Volume, plan: Plan, configuration: Configuration, mask: Mask | None = None) -> Prepared:
+def prepare(
+    volume: Volume, plan: Plan, configuration: Configuration, mask: Mask | None = None, previous: Mask | None = None
+) -> Prepared:
     """Reorient, crop, normalise and resample an image (and its mask) to the plan grid.
 
     An image whose voxel axes are not orthogonal is resampled to the nearest orthogonal grid of the same spacing, after
-    it is reoriented: so all orientations of one image give one array. The crop is the box of voxels that are not 0 in
-    some channel; the whole image where there is none.
+    it is reoriented: so all orientations of one image give one array. Under the orientation "stored" the axes are only
+    put in the plan's order. The crop is the box of voxels that are not 0 in some channel; the whole image where there
+    is none. Then the image goes through normalisation and resampling a few planes at a time.
+
+    Args:
+        volume: native image.
+        plan: what to do with it.
+        configuration: one of the plan's.
+        mask: native mask of its labels.
+        previous: native mask that the earlier configuration of a cascade gave; resampled as ``mask`` is.
 
     Raises:
-        InputError: the mask has a value without a name.
-        GeometryMismatch: the mask has another shape than the image.
+        InputError: a mask has a value without a name; or ``previous`` is missing, or is not asked for.
+        GeometryMismatch: a mask has another shape than the image.
     """
-    letters = "".join(plan.orientation[axis] for axis in plan.axes)
+    _require_fitting(previous, configuration)
+    letters = _letters(volume.geometry, plan)
     turn = volume.geometry.to(letters)
     array, oriented = turn.apply(volume.array), volume.geometry.reoriented(turn)
-    values = None if mask is None else turn.apply(_indices(mask, volume, plan.labels))
-    grid = _straight(oriented)
+    straight = plan.orientation != "stored"
+    grid = _straight(oriented) if straight else oriented
     if grid is not oriented:
         array = np.stack([_sample(channel, oriented, grid, plan.resampling.image, "nearest") for channel in array])
-        values = None if values is None else _sample(values, oriented, grid, 0, "constant")
-    box = Box.around((array != 0).any(axis=0))
-    i, j, k = box.slices
-    array = normalise(array[:, i, j, k], plan.normalisation)
-    cropped = grid.cropped(box)
+    box = _nonzero_box(array)
+    cropped, rule = grid.cropped(box), plan.resampling
     shape, spacing = plan_grid(cropped, configuration)
-    rule = plan.resampling
-    image_orders = axis_orders(cropped.spacing, spacing, rule, rule.image, rule.image_along_low)
-    label_orders = axis_orders(cropped.spacing, spacing, rule, rule.label, 0)
-    logit_orders = axis_orders(spacing, cropped.spacing, rule, rule.logits, 0)
-    indices = None
-    if values is not None:
-        indices = np.ascontiguousarray(resample_labels(values[box.slices], shape, label_orders))
+
+    def brought(mask: Mask) -> Winners:
+        indices = turn.apply(_indices(mask, volume, plan.labels))
+        if grid is not oriented:
+            indices = _sample(indices, oriented, grid, 0, "constant")
+        orders = axis_orders(cropped.spacing, spacing, rule, rule.label, rule.label_along_low)
+        return np.ascontiguousarray(resample_labels(indices[box.slices], shape, orders))
+
+    image = np.empty((plan.inputs(configuration), *shape), dtype=np.float32)
+    orders = axis_orders(cropped.spacing, spacing, rule, rule.image, rule.image_along_low)
+    for result, channel in zip(image, _scaled(array[:, *box.slices], plan.normalisation), strict=False):
+        resample_into(result, channel, orders)
+    if previous is not None:
+        classes = np.arange(1, plan.labels.count).reshape(-1, 1, 1, 1)
+        np.equal(brought(previous), classes, out=image[len(plan.channels) :])
     trace = GridTrace(
         native_shape=volume.geometry.shape,
         native_affine=_matrix(volume.geometry.affine),
@@ -104,39 +138,55 @@ def prepare(volume: Volume, plan: Plan, configuration: Configuration, mask: Mask
         box_start=_three(box.start),
         box_stop=_three(box.stop),
         plan_shape=shape,
-        orders=logit_orders,
+        orders=axis_orders(spacing, cropped.spacing, rule, rule.logits, rule.logits_along_low),
+        straight=straight,
     )
-    return Prepared(resample_image(array, shape, image_orders), indices, trace)
+    return Prepared(image, None if mask is None else brought(mask), trace)
 
 
-def restore(slabs: Iterable[tuple[int, int, Float32]], trace: GridTrace, labels: Labels) -> NDArray[Any]:
+def restore(
+    slabs: Iterable[Slab], trace: GridTrace, plan: Plan, probabilities: Probabilities | None = None
+) -> NDArray[Any]:
     """The native mask of logits on the plan grid.
 
     Args:
-        slabs: ``(start, stop, logits (C, stop - start, H, W))``, in order along the first plan axis.
+        slabs: of the logits, channels as in ``Plan.outputs``.
         trace: from ``prepare``.
-        labels: turn channel indices into label values.
+        plan: says what the channels are: classes of which the largest wins, or regions.
+        probabilities: called for place after place of the crop with the softmax of the classes, or the sigmoid of the
+            regions. Nothing is known of voxels outside the crop, where the image is 0: they are background.
 
     Returns:
         Label values (I, J, K) on the native grid; background outside the crop.
+
+    Raises:
+        InputError: probabilities are asked for on a grid whose axes are not orthogonal.
     """
     turn = trace.native.to(trace.orientation)
     oriented = trace.native.reoriented(turn)
-    grid = _straight(oriented)
-    indices = np.zeros(grid.shape, dtype=np.uint8)
-    inside = indices[trace.box.slices]
-    for start, stop, winners in slab_indices(slabs, trace.plan_shape[0], trace.box.shape, trace.orders):
-        inside[start:stop] = winners
+    grid = _straight(oriented) if trace.straight else oriented
+    if probabilities is not None and grid is not oriented:
+        remedy = "resample the image to a grid with orthogonal axes"
+        raise InputError("probabilities", "are asked for on sheared voxel axes", "orthogonal axes", remedy)
+    values = _painted(plan)
+    decide = _last_positive if plan.region_order else _largest
+    if probabilities is None:
+        found = decided(slabs, trace.plan_shape, trace.box.shape, trace.orders, decide)
+    else:
+        found = _told(slabs, trace, decide, probabilities)
+    native = np.zeros(trace.native_shape, dtype=values.dtype)
+    whole = turn.apply(native) if grid is oriented else np.zeros(grid.shape, dtype=values.dtype)
+    inside = whole[trace.box.slices]
+    for place, winners in found:
+        inside[place] = values[winners]
     if grid is not oriented:
-        indices = _sample(indices, grid, oriented, 0, "constant")
-    return np.ascontiguousarray(labels.to_values(turn.inverse.apply(indices)))
+        turn.apply(native)[...] = _sample(whole, grid, oriented, 0, "constant")
+    return native
 
 
 def normalise(array: NDArray[Any], normalisation: tuple[Normalisation, ...]) -> Float32:
     """Bring each channel of (C, I, J, K) to the plan's scale, float32. A constant channel becomes 0 under z-score."""
-    nonzero = (array != 0).any(axis=0)
-    channels = [_normalise_channel(c, n, nonzero) for c, n in zip(array, normalisation, strict=True)]
-    return np.stack(channels)
+    return np.stack([channel[(slice(None),) * (array.ndim - 1)] for channel in _scaled(array, normalisation)])
 
 
 def plan_grid(cropped: Geometry, configuration: Configuration) -> tuple[tuple[int, int, int], tuple[float, ...]]:
@@ -147,21 +197,158 @@ def plan_grid(cropped: Geometry, configuration: Configuration) -> tuple[tuple[in
     return _three(sizes), spacing
 
 
-def _normalise_channel(channel: NDArray[Any], rule: Normalisation, nonzero: NDArray[np.bool_]) -> Float32:
-    values = np.asarray(channel, dtype=np.float32)
-    if rule.scheme == "ct":
-        return (np.clip(values, rule.lower, rule.upper) - np.float32(rule.mean)) / np.float32(max(rule.std, 1e-8))
-    if rule.scheme == "zscore":
-        chosen = values[nonzero] if rule.nonzero_only and nonzero.any() else values
-        # float64 sums: float32 ones lose the mean of large volumes
-        mean, std = float(chosen.mean(dtype=np.float64)), float(chosen.std(dtype=np.float64))
-        scaled = (values - np.float32(mean)) / np.float32(max(std, 1e-8))
-        return np.where(nonzero, scaled, np.float32(0)) if rule.nonzero_only else scaled
-    if rule.scheme == "minmax":
-        low, high = values.min(), values.max()
-        scaled = (values - low) / np.maximum(high - low, np.float32(1e-8))
-        return np.asarray(scaled, dtype=np.float32)
-    return values / np.float32(255) if rule.scheme == "rgb" else values
+@dataclass(frozen=True)
+class _Scaled:
+    """A channel of which any part is normalised when it is asked for: clipped, shifted, divided, 0 outside.
+
+    Attributes:
+        channel: (I, J, K), any real numbers.
+        limits: to clip to.
+        shift: is subtracted.
+        divisor: of the difference.
+        inside: voxels that are not 0 afterwards; all where it is None.
+    """
+
+    channel: NDArray[Any]
+    limits: tuple[float, float] | None = None
+    shift: float = 0.0
+    divisor: float = 1.0
+    inside: NDArray[np.bool_] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the channel."""
+        return self.channel.shape
+
+    def __getitem__(self, place: tuple[slice, ...]) -> Float32:
+        values = np.array(self.channel[place], dtype=np.float32, order="C")
+        if self.limits is not None:
+            np.clip(values, *self.limits, out=values)
+        if self.shift:
+            values -= np.float32(self.shift)
+        if self.divisor != 1:
+            values /= np.float32(self.divisor)
+        if self.inside is not None:
+            values *= self.inside[place]
+        return values
+
+
+def _scaled(array: NDArray[Any], normalisation: tuple[Normalisation, ...]) -> Iterator[_Scaled]:
+    """The channels of (C, I, J, K), each with what its rule says."""
+    body = _body(array) if any(rule.scheme == "zscore" and rule.nonzero_only for rule in normalisation) else None
+    for channel, rule in zip(array, normalisation, strict=True):
+        if rule.scheme == "ct":
+            yield _Scaled(channel, (rule.lower, rule.upper), rule.mean, max(rule.std, 1e-8))
+        elif rule.scheme == "zscore":
+            inside = body if rule.nonzero_only else None
+            mean, std = _mean_and_std(channel, inside)
+            yield _Scaled(channel, None, mean, max(std, 1e-8), inside)
+        elif rule.scheme == "minmax":
+            low, high = float(channel.min()), float(channel.max())
+            yield _Scaled(channel, None, low, max(high - low, 1e-8))
+        else:
+            yield _Scaled(channel, divisor=255.0 if rule.scheme == "rgb" else 1.0)
+
+
+def _mean_and_std(channel: NDArray[Any], inside: NDArray[np.bool_] | None) -> tuple[float, float]:
+    """Mean and standard deviation of the voxels inside (0 and 0 of none), a few planes at a time, in float64."""
+
+    def parts() -> Iterator[NDArray[np.float64]]:
+        many = max(1, CHUNK_BYTES // (8 * max(1, channel[0].size)))
+        for start in range(0, len(channel), many):
+            part = np.array(channel[start : start + many], dtype=np.float64, order="C")
+            yield part if inside is None else part[inside[start : start + many]]
+
+    count = max(1, channel.size if inside is None else int(np.count_nonzero(inside)))
+    mean = sum(float(part.sum()) for part in parts()) / count
+    return mean, float(np.sqrt(sum(float(np.square(part - mean).sum()) for part in parts()) / count))
+
+
+def _body(array: NDArray[Any]) -> NDArray[np.bool_]:
+    """Voxels of (C, I, J, K) that are not 0 in some channel, and the holes that they enclose (nnU-Net's mask).
+
+    A hole is a piece of the rest, joined by faces, that the border of the image does not cut.
+    """
+    body = np.atleast_3d(array[0] != 0)
+    for channel in array[1:]:
+        body |= channel.reshape(body.shape) != 0
+    pieces, count = ndimage.label(~body)
+    is_open = np.zeros(count + 1, dtype=bool)
+    for axis in range(3):
+        for end in (0, -1):
+            is_open[pieces.take(end, axis)] = True
+    is_open[0] = False  # the body itself
+    filled: NDArray[np.bool_] = ~is_open[pieces]
+    return filled.reshape(array.shape[1:])
+
+
+def _nonzero_box(array: NDArray[Any]) -> Box:
+    """The box of voxels of (C, I, J, K) that are not 0 in some channel, all where none is: planes from both ends."""
+    box = Box.whole(array.shape[1:])
+    for axis in range(3):
+        planes = np.moveaxis(array[:, *box.slices], axis + 1, 0)
+        first = next((n for n, plane in enumerate(planes) if plane.any()), None)
+        if first is None:
+            return Box.whole(array.shape[1:])
+        last = next(n for n in reversed(range(len(planes))) if planes[n].any())
+        start, stop = list(box.start), list(box.stop)
+        start[axis], stop[axis] = first, last + 1
+        box = Box(tuple(start), tuple(stop))
+    return box
+
+
+def _painted(plan: Plan) -> NDArray[Any]:
+    """The label value that each winner stands for, in the smallest type that holds all of the plan's."""
+    labels = plan.labels
+    values = labels.to_values(np.arange(labels.count + (labels.ignore is not None)))
+    return np.array([0, *plan.region_order], dtype=values.dtype) if plan.region_order else values
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """Index of the largest of the last axis, the first where several are equal."""
+    return logits.argmax(dim=-1).to(torch.uint8)
+
+
+def _last_positive(logits: Tensor) -> Tensor:
+    """1 + index of the last of the last axis that is positive: what is painted last is on top. 0 where none is."""
+    numbers = torch.arange(1, logits.shape[-1] + 1, dtype=torch.uint8, device=logits.device)
+    return ((logits > 0) * numbers).amax(dim=-1)
+
+
+def _told(
+    slabs: Iterable[Slab], trace: GridTrace, decide: Callable[[Tensor], Tensor], probabilities: Probabilities
+) -> Iterator[tuple[Place, Winners]]:
+    """As ``decided``, but all logits are interpolated, and what they mean is told."""
+    back = trace.native.to(trace.orientation).inverse
+    activate = torch.sigmoid if decide is _last_positive else partial(torch.softmax, dim=-1)
+    for place, logits in interpolated(slabs, trace.plan_shape, trace.box.shape, trace.orders):
+        values = activate(logits).permute(3, 0, 1, 2).cpu().numpy()
+        probabilities(_native_place(place, trace, back), np.ascontiguousarray(back.apply(values)))
+        yield place, decide(logits).cpu().numpy()
+
+
+def _native_place(place: Place, trace: GridTrace, back: Reorientation) -> Place:
+    """The place in the file's array of a place in the crop; ``back`` leads from the plan's axes to the file's."""
+    slices = []
+    for axis, flip, size in zip(back.axes, back.flips, trace.native_shape, strict=True):
+        start, stop = (trace.box_start[axis] + n for n in (place[axis].start, place[axis].stop))
+        slices.append(slice(size - stop, size - start) if flip else slice(start, stop))
+    return slices[0], slices[1], slices[2]
+
+
+def _letters(geometry: Geometry, plan: Plan) -> str:
+    """The orientation of the plan's axes."""
+    orientation = geometry.orientation if plan.orientation == "stored" else plan.orientation
+    return "".join(orientation[axis] for axis in plan.axes)
+
+
+def _require_fitting(previous: Mask | None, configuration: Configuration) -> None:
+    if (previous is None) == (configuration.previous is None):
+        return
+    found, expected = ("is given", "none: it is no cascade")
+    if previous is None:
+        found, expected = "is missing", f"that of {configuration.previous}"
+    raise InputError("mask of the earlier configuration", found, expected)
 
 
 def _indices(mask: Mask, volume: Volume, labels: Labels) -> NDArray[np.uint8]:
