@@ -12,6 +12,7 @@ import importlib.metadata
 import io as text_io
 import json
 import logging
+import os
 import platform
 import threading
 from collections import Counter
@@ -130,6 +131,8 @@ class Journal:
         whole = not self.path.exists() or self.path.stat().st_size == 0 or _last_byte(self.path) == b"\n"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("" if whole else "\n") + json.dumps(record.model_dump(mode="json")) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the mask has its name, also where the power fails
 
     def write_tables(self, names: Sequence[str], planned: int, facts: Mapping[str, Any]) -> None:
         """Write one row a case (``cases.csv``), and what ran and how far it came (``run.json``), both atomically.

@@ -520,12 +520,15 @@ class _Batch:
                 work = self._next(reader, case)
                 besides_mb = self._read_ahead(reader, work, number)
                 self._network(work, number, besides_mb)
-                self._settle(writer)
-                writer.ask(work)
-            self._settle(writer)
+                self._await(writer)
+                if work.mask is None:  # nothing to write
+                    self._settle(self._write(work))
+                else:
+                    writer.ask(work)
+            self._await(writer)
         finally:
             reader.dismiss()
-            self._settle(writer, PATIENCE_SECONDS)
+            self._await(writer, PATIENCE_SECONDS)
             writer.dismiss()
             self._write_tables()
         return [self.journal.results[case.id] for case in self.cases]
@@ -603,7 +606,7 @@ class _Batch:
         folder.mkdir(exist_ok=True)
         return nifti.Probabilities(ready.source.geometry.shape, len(self.predictor.classes), folder)
 
-    def _write(self, work: _Work) -> _Work:
+    def _write(self, work: _Work) -> Prediction:
         """Write what came out of a case, and say what became of it."""
         if work.failure is None and work.mask is not None:
             with work.stage("write"):
@@ -612,12 +615,12 @@ class _Batch:
         if work.probabilities is not None:
             work.probabilities.close()
             work.probabilities = None
-        if work.failure is not None:
-            self._remove_former(work)
-            work.record = self._record(work, status="failed", reason=_reason(work.failure))
-        elif work.record is not None and work.record.status == "kept":
-            self.memory.end(work.case.id)
-        return work
+        if work.failure is None and work.record is not None:
+            if work.record.status == "kept":
+                self.memory.end(work.case.id)
+            return work.record
+        self._remove_former(work)
+        return self._record(work, status="failed", reason=_reason(work.failure))
 
     def _save(self, work: _Work, mask: Mask) -> None:
         """All files of a case: none has its name before all are whole, and the journal says what they are."""
@@ -691,15 +694,17 @@ class _Batch:
                 if self.journal.wrote(case.id, name):
                     (self.out / name).unlink(missing_ok=True)
 
-    def _settle(self, writer: _Aside, patience: float | None = None) -> None:
-        """Take down what became of the case that was given to the writer, if one was."""
+    def _await(self, writer: _Aside, patience: float | None = None) -> None:
+        """Wait for the case that was given to the writer, if one was."""
         if not writer.is_busy:
             return
         try:
-            record = writer.answer(patience).record
+            self._settle(writer.answer(patience))
         except queue.Empty:
             log.warning("a mask was still being written, and is left out")
-            return
+
+    def _settle(self, record: Prediction) -> None:
+        """Take down what became of a case."""
         self.journal.results[record.case] = record
         if record.status == "failed":
             log.error("%s failed: %s", record.case, record.reason)
@@ -834,11 +839,9 @@ def _classes(package: ModelPackage, names: Sequence[str]) -> tuple[tuple[int, st
     labels = package.plan.labels
     known = tuple(labels.regions) if package.plan.region_order else labels.names
     first = 0 if package.plan.region_order else 1  # before it the background
-    if unknown := [name for name in names if name not in known and tuple(names) != ("all",)]:
-        raise InputError(
-            "--probabilities", f"{', '.join(unknown)} is no class of the model", f"all, {', '.join(known)}"
-        )
     chosen = known if tuple(names) == ("all",) else [name for name in known if name in names]
+    if unknown := sorted({*names} - {*chosen, "all"}):
+        raise InputError("--probabilities", f"the model has no {', '.join(unknown)}", f"all, {', '.join(known)}")
     if len({_as_name(name) for name in chosen}) < len(chosen):
         raise InputError("--probabilities", f"{', '.join(chosen)} cannot name files", "names that differ in letters")
     return tuple((known.index(name) + first, name) for name in chosen)
@@ -853,7 +856,7 @@ def _name(source: Volume) -> str:
     return io.name_of(source.paths[0]) if source.paths else "image"
 
 
-def _reason(failure: BaseException) -> str:
+def _reason(failure: BaseException | None) -> str:
     return str(failure) if isinstance(failure, MedsegError) else f"{type(failure).__name__}: {failure}"
 
 

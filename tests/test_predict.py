@@ -7,8 +7,10 @@ import errno
 import gzip
 import itertools
 import json
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,18 +29,20 @@ from scipy.spatial.transform import Rotation
 from small_datasets import picture, save_picture
 
 from medseg import io, predict, records
-from medseg.cases import find_cases
+from medseg.cases import Shard, find_cases
 from medseg.dataset import Case
 from medseg.errors import InputError, PackageError
 from medseg.geometry import Geometry
 from medseg.io import nifti
-from medseg.journal import Prediction
+from medseg.journal import Journal, Prediction
 from medseg.networks import build_network
 from medseg.package import ModelPackage, load_package, zip_package
 from medseg.phantom import make_case
 from medseg.pipeline import RunResult
-from medseg.predict import Predictor, PredictSettings, load, predict_cases
-from medseg.volume import Labels
+from medseg.postprocess import keep_largest
+from medseg.predict import Predictor, PredictSettings, Strategy, load, predict_cases, predict_folder
+from medseg.sliding_window import buffer_bytes, slabs
+from medseg.volume import Labels, Volume
 
 TURN, HALF = Rotation.from_euler("xyz", [20, -15, 10], degrees=True), Rotation.from_euler("z", 45, degrees=True)
 GRIDS = {
@@ -88,12 +92,12 @@ def predictor(package: ModelPackage) -> Predictor:
     return Predictor(package, PredictSettings(device="cpu"))
 
 
-def untrained(package: ModelPackage, **changes: Any) -> Predictor:
+def untrained(package: ModelPackage, settings: PredictSettings | None = None, **changes: Any) -> Predictor:
     """A predictor with fresh weights for a plan with some fields changed: masks are nonsense, but always the same."""
     plan = package.plan.model_copy(update=changes)
     torch.manual_seed(0)
-    weights = build_network(package.configuration, len(plan.channels), plan.labels.count).state_dict()
-    return Predictor(replace(package, plan=plan, weights={0: weights}), PredictSettings())
+    weights = build_network(package.configuration, len(plan.channels), plan.outputs).state_dict()
+    return Predictor(replace(package, plan=plan, weights={0: weights}), settings)
 
 
 @pytest.fixture
@@ -410,7 +414,10 @@ def test_a_bad_case_is_recorded_with_its_reason_and_the_others_are_done(
     seen: list[tuple[str, float, str]] = []
     results = predict_cases(predictor, find_cases(images), out, progress=lambda *step: seen.append(step))
     assert statuses(results) == {"a": "failed", "b": "done"}
-    assert seen == [("predicting", 0.5, "a failed"), ("predicting", 1.0, "b done")]
+    assert [step for step in seen if step[2].startswith("a ")] == [("predicting", 0.5, "a failed (1 of 2)")]
+    assert seen[-1] == ("predicting", 1.0, "b done (2 of 2)")
+    assert [fraction for _, fraction, _ in seen] == sorted(fraction for _, fraction, _ in seen)
+    assert [fraction for _, fraction, _ in seen].count(1.0) == 1
     assert sorted(path.name for path in out.iterdir()) == ["b.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
     with (out / "cases.csv").open(newline="") as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
@@ -419,7 +426,11 @@ def test_a_bad_case_is_recorded_with_its_reason_and_the_others_are_done(
     assert (rows["b"]["status"], rows["b"]["output"], rows["b"]["reason"]) == ("done", "b.nii.gz", "")
     assert float(rows["b"]["organ_ml"]) > 0
     run = json.loads((out / "run.json").read_text())
-    assert run["cases"] == {"done": 1, "kept": 0, "failed": 1}
+    assert run["cases"] == {"done": 1, "kept": 0, "failed": 1, "open": 0}
+    assert set(run["seconds"]) == {"read", "prepare", "network", "write"}
+    assert (run["engine"], run["threads"], run["shard"]) == (predictor.engine, torch.get_num_threads(), None)
+    assert float(rows["b"]["network_s"]) > 0
+    assert float(rows["b"]["peak_memory_mb"]) > 10
     assert (run["device"], run["model_digest"]) == ("cpu", predictor.package.digest)
 
 
@@ -457,18 +468,32 @@ def test_a_disk_that_is_full_leaves_no_part_of_a_mask(
 
 
 @pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("out of memory"), ValueError("a bug")], ids=repr)
-def test_whatever_one_case_raises_the_others_are_done(
-    failure: Exception, package: ModelPackage, images: Path, tmp_path: Path
+@pytest.mark.parametrize("stage", ["read_volume", "prepare", "infer", "write_mask"])
+def test_whatever_one_case_raises_in_any_stage_the_others_are_done(
+    stage: str, failure: Exception, predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Fragile(Predictor):
-        def __call__(self, image: Any) -> Any:
-            if image[0].name == "a.nii.gz":
-                raise failure
-            return super().__call__(image)
+    """The case in the middle: of three, each stage is in another thread or between two others."""
+    shutil.copy(images / "b.nii.gz", images / "c.nii.gz")
+    holder: Any = Predictor if stage in ("prepare", "infer") else io
+    function = getattr(holder, stage)
 
-    results = predict_cases(Fragile(package), find_cases(images), tmp_path / "out")
-    assert statuses(results) == {"a": "failed", "b": "done"}
-    assert type(failure).__name__ in results[0].reason
+    def fragile(*arguments: Any, **choices: Any) -> Any:
+        for argument in arguments:
+            paths = getattr(getattr(argument, "source", argument), "paths", argument)
+            if isinstance(paths, tuple) and paths[0].name == "b.nii.gz":
+                raise failure
+        return function(*arguments, **choices)
+
+    monkeypatch.setattr(holder, stage, fragile)
+    results = predict_cases(predictor, find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "done", "b": "failed", "c": "done"}
+    assert results[1].reason.startswith(type(failure).__name__)
+    monkeypatch.undo()
+    assert statuses(predict_cases(predictor, find_cases(images), tmp_path / "out")) == {
+        "a": "kept",
+        "b": "done",
+        "c": "kept",
+    }
 
 
 def test_names_with_spaces_other_scripts_and_bytes_that_are_no_text(predictor: Predictor, tmp_path: Path) -> None:
@@ -504,7 +529,7 @@ def test_a_second_call_keeps_what_is_there_and_still_valid(predictor: Predictor,
     assert statuses(second) == {"a": "kept", "b": "kept"}
     assert stamp(out) == times
     assert [result.volumes_ml for result in second] == [result.volumes_ml for result in first]
-    assert json.loads((out / "run.json").read_text())["cases"] == {"done": 0, "kept": 2, "failed": 0}
+    assert json.loads((out / "run.json").read_text())["cases"] == {"done": 0, "kept": 2, "failed": 0, "open": 0}
 
 
 def test_what_depends_on_a_changed_input_is_done_again(predictor: Predictor, images: Path, tmp_path: Path) -> None:
@@ -534,7 +559,8 @@ def test_other_settings_and_models_do_it_again(
     another = Predictor(replace(package, manifest=manifest), predictor.settings)
     on_auto = Predictor(package, PredictSettings(device="auto"))
     found = [predict_cases(model, cases, out)[0].status for model in (predictor, mirrored, another, predictor, on_auto)]
-    assert found == ["done", "done", "done", "done", "kept"]  # the device changes nothing that matters
+    # the other model has the same weights here, so that its mask is the first one's too; the device is of no matter
+    assert found == ["done", "done", "done", "kept", "kept"]
     monkeypatch.setattr("medseg.__version__", "99")
     assert predict_cases(predictor, cases, out)[0].status == "done"
 
@@ -581,21 +607,23 @@ def test_the_input_itself_is_never_replaced(predictor: Predictor, images: Path) 
     assert (images / "a.nii.gz").read_bytes() == before
 
 
-def test_a_kill_between_mask_and_journal_is_recovered_from(
-    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", ["before the line", "after the line"])
+def test_a_kill_around_the_line_in_the_journal_is_recovered_from(
+    moment: str, predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out, add = tmp_path / "out", Journal.add
 
-    def killed(result: Prediction, append: Callable[[Path, Prediction], None] = predict._append) -> None:
-        if result.status == "done":
-            raise KeyboardInterrupt
-        append(out / "journal.jsonl", result)
+    def killed(journal: Journal, record: Prediction) -> None:
+        if moment == "after the line":
+            add(journal, record)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "_append", lambda _, result: killed(result))
+    monkeypatch.setattr(Journal, "add", killed)
     with pytest.raises(KeyboardInterrupt):
         predict_cases(predictor, find_cases(images), out)
     monkeypatch.undo()
-    assert (out / "a.nii.gz").exists()
+    assert sorted(path.name for path in out.iterdir() if path.name != "journal.jsonl") == ["cases.csv", "run.json"]
+    assert json.loads((out / "run.json").read_text())["cases"]["open"] == 2
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "done"}
 
 
@@ -605,7 +633,8 @@ def test_a_journal_with_a_torn_last_line_is_read_up_to_there(
     out = tmp_path / "out"
     predict_cases(predictor, find_cases(images), out)
     journal = out / "journal.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-30])  # of b's "done": its mask is there, and known by "started"
+    journal.write_bytes(journal.read_bytes()[:-30])
+    (out / "b.nii.gz").unlink()  # which had not got its name
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "kept", "b": "done"}
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "kept", "b": "kept"}
 
@@ -618,6 +647,330 @@ def test_the_mask_of_a_former_input_does_not_stay_where_the_new_one_fails(
     with_nan(images / "a.nii.gz")
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "failed", "b": "kept"}
     assert sorted(path.name for path in out.glob("*.nii.gz")) == ["b.nii.gz"]
+
+
+# Shards
+
+
+def test_shards_share_a_folder_and_its_masks(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    out, places = tmp_path / "out", [str(images / "*.nii.gz")]
+    first = predict_folder(predictor, places, out, shard=Shard(1, 2))
+    second = predict_folder(predictor, places, out, shard=Shard(2, 2))
+    assert (statuses(first), statuses(second)) == ({"a": "done"}, {"b": "done"})
+    assert statuses(predict_folder(predictor, images, out)) == {"a": "kept", "b": "kept"}
+    assert json.loads((out / "run-2-of-2.json").read_text())["shard"] == "2/2"
+    assert len((out / "cases-1-of-2.csv").read_text().splitlines()) == 2
+
+
+def test_a_shard_without_a_case_is_no_fault(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    assert predict_folder(predictor, images, tmp_path / "out", shard=Shard(3, 3)) == []
+
+
+# Probabilities
+
+
+def test_probabilities_in_files_are_those_in_memory(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    model = Predictor(predictor.package, PredictSettings(device="cpu", probabilities=("all",)))
+    out = tmp_path / "out"
+    (result, _) = predict_cases(model, find_cases(images), out)
+    names = {name: f"probabilities/a_{name}.nii.gz" for name in ("organ", "lesion")}
+    assert set(result.probability_digests) == set(names.values())
+    whole = np.zeros((2, *nibabel.load(images / "a.nii.gz").shape), np.float32)
+
+    def take(place: tuple[slice, slice, slice], values: NDArray[np.float32]) -> None:
+        whole[(slice(None), *place)] = values
+
+    mask, _ = model.infer(model.prepare(io.read_volume(images / "a.nii.gz")), take)
+    assert whole.min() >= 0
+    assert whole.sum(axis=0).max() <= 1 + 1e-6
+    for n, name in enumerate(("organ", "lesion")):
+        image = nibabel.load(out / names[name])
+        assert np.abs(image.get_fdata() - whole[n]).max() < 1 / 65535
+        source = nibabel.load(images / "a.nii.gz").header
+        for field in FIELDS:
+            assert image.header[field].tobytes() == source[field].tobytes(), field
+        sure = mask.array == predictor.package.plan.labels.values[name]
+        assert (whole[n][sure] >= whole[1 - n][sure]).all()
+    np.testing.assert_array_equal(mask.array, io.read_mask(out / "a.nii.gz").array)
+
+
+def test_probabilities_that_are_missing_or_spoilt_are_made_again(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    out, cases = tmp_path / "out", find_cases(images)[:1]
+    model = Predictor(predictor.package, PredictSettings(device="cpu", probabilities=("lesion",)))
+    assert predict_cases(predictor, cases, out)[0].status == "done"
+    assert predict_cases(model, cases, out)[0].status == "done"  # the mask was there, its probabilities not
+    assert [path.name for path in (out / "probabilities").iterdir()] == ["a_lesion.nii.gz"]
+    assert predict_cases(model, cases, out)[0].status == "kept"
+    path = out / "probabilities" / "a_lesion.nii.gz"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert predict_cases(predictor, cases, out)[0].status == "kept"  # who wants none does not mind
+    assert predict_cases(model, cases, out)[0].status == "done"
+    save(path, np.ones(SHAPE, np.uint8))
+    (result,) = predict_cases(model, cases, out)
+    assert (result.status, "changed since" in result.reason) == ("failed", True)
+
+
+def test_probabilities_of_a_class_that_is_not_there_are_refused(package: ModelPackage) -> None:
+    with pytest.raises(InputError, match=r"the model has no heart, liver .expected all, organ, lesion"):
+        Predictor(package, PredictSettings(probabilities=("liver", "organ", "heart")))
+
+
+def test_probabilities_of_regions(package: ModelPackage, images: Path, tmp_path: Path) -> None:
+    labels = Labels(values={"organ": 1, "lesion": 5}, regions={"whole": (1, 5), "core/1": (5,)})
+    model = untrained(package, PredictSettings(probabilities=("core/1",)), labels=labels, region_order=(1, 5))
+    (result, *_) = predict_cases(model, find_cases(images), tmp_path)
+    assert list(result.probability_digests) == ["probabilities/a_core_1.nii.gz"]
+    assert set(result.volumes_ml) == {"organ", "lesion", "whole", "core/1"}
+    found = nibabel.load(tmp_path / "probabilities" / "a_core_1.nii.gz").get_fdata()
+    np.testing.assert_array_equal(found > 0.5 + 1e-5, io.read_mask(tmp_path / "a.nii.gz").array == 5)
+
+
+def test_a_disk_without_room_for_probabilities_fails_the_case_alone(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Predictor(predictor.package, PredictSettings(device="cpu", probabilities=("all",)))
+    write, count = nifti.Probabilities.write, itertools.count()
+
+    def full(*arguments: Any) -> None:
+        if next(count) == 1:  # the second file of the first case
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(nifti.Probabilities, "write", full)
+    assert statuses(predict_cases(model, find_cases(images), tmp_path)) == {"a": "failed", "b": "done"}
+    assert sorted(path.name for path in tmp_path.rglob("*.nii.gz") if "images" not in str(path.parent)) == [
+        "b.nii.gz",
+        "b_lesion.nii.gz",
+        "b_organ.nii.gz",
+    ]
+
+
+# Postprocessing and cascades
+
+
+def test_of_a_group_only_the_largest_piece_is_kept(package: ModelPackage) -> None:
+    image = (voxels(), affine_of("axial"))
+    plain = untrained(package)(image).array
+    kept = untrained(package, keep_largest=((1,),))(image).array
+    np.testing.assert_array_equal(kept, keep_largest(plain, [(1,)]))
+    assert (kept != plain).any()
+
+
+# Memory
+
+
+def limited(package: ModelPackage, monkeypatch: pytest.MonkeyPatch, limit_mb: float) -> Predictor:
+    """A predictor that takes 100 MB at rest, and nothing for chunks."""
+    monkeypatch.setattr(predict, "_CHUNKS_MB", 0.0)
+    model = Predictor(package, PredictSettings(device="cpu", memory_limit_mb=limit_mb))
+    model._baseline = 100.0
+    return model
+
+
+def test_memory_is_estimated_beforehand(package: ModelPackage, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = limited(package, monkeypatch, 1000)
+    setup = package.configuration
+    assert (setup.patch_size, setup.network.features[0], package.plan.outputs) == ((8, 16, 16), 8, 3)
+    monkeypatch.setattr(model, "_plan_shape", lambda geometry: (100, 200, 300))
+    source = Volume(np.zeros((1, 200, 300, 50), np.int16), Geometry((200, 300, 50), np.diag([1.0, 1, 2, 1])))
+    whole, half = (model.memory(source, Strategy(on_device=False, blocks=n)) for n in (1, 2))
+    prepared, native = 4 * 100 * 200 * 300, 200 * 300 * 50
+    assert whole.preparing == pytest.approx((2 * native + prepared) / 2**20)
+    patch = 8 * 16 * 16
+    tile = 4 * patch * (8 * 8 + 3 * 3)
+    buffer = buffer_bytes((100, 200, 300), (8, 16, 16), 3)
+    planes = 2 * 4 * 3 * 100 * 200
+    assert whole.network == pytest.approx((prepared + native + tile + buffer + planes) / 2**20)
+    assert whole.device == 0
+    saved_mb = (buffer - buffer_bytes((100, 200, 300), (8, 16, 16), 3, 2) + planes // 2) / 2**20
+    assert whole.network - half.network == pytest.approx(saved_mb)
+    assert half.network < whole.network
+
+
+def test_the_limit_decides_on_the_strategy(package: ModelPackage, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = limited(package, monkeypatch, 1000).prepare(io.volume_of((voxels(), affine_of("axial"))))
+    whole = limited(package, monkeypatch, 1000)
+    shape = ready.prepared.trace.plan_shape
+    needed = [100 + whole.memory(ready.source, s, shape).network for s in whole._all_strategies()]
+    assert needed == sorted(needed, reverse=True)
+    assert whole.budget(ready).strategies == tuple(whole._all_strategies())
+    assert str(whole.budget(ready)) == f"about {needed[0] / 1024:.1f} GB of 1.0 GB, summed on the host"
+    tight = limited(package, monkeypatch, needed[1])
+    assert tight.budget(ready).strategies[0] == Strategy(on_device=False, blocks=2)
+    np.testing.assert_array_equal(tight.infer(ready)[0].array, whole.infer(ready)[0].array)
+    with pytest.raises(InputError, match=r"needs about 0\.1 GB of memory even .* in 16 blocks .*--memory-limit"):
+        limited(package, monkeypatch, needed[-1] - 0.001).infer(ready)
+
+
+def test_a_case_that_does_not_fit_fails_with_what_is_needed_and_the_others_are_done(
+    package: ModelPackage, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = limited(package, monkeypatch, 120)
+    save(images / "c.nii", np.zeros((400, 400, 60), np.int16) + np.int16(1))
+    results = predict_cases(model, find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "done", "b": "done", "c": "failed"}
+    assert "needs about" in results[2].reason
+
+
+def short_of_memory(times: int, failure: Exception, tried: list[int]) -> Any:
+    """``slabs`` that run out of memory so many times, half-way."""
+
+    def run(*arguments: Any, **choices: Any) -> Any:
+        tried.append(choices["blocks"])
+        for slab in slabs(*arguments, **choices):
+            yield slab
+            if len(tried) <= times:
+                raise failure
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you asked for 8 bytes."),
+    ],
+    ids=["numpy", "torch", "torch on the host"],
+)
+def test_out_of_memory_goes_down_one_step_and_says_so(
+    failure: Exception, predictor: Predictor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = (voxels(), affine_of("axial"))
+    expected, tried = predictor(image).array, list[int]()
+    monkeypatch.setattr(predict, "slabs", short_of_memory(1, failure, tried))
+    np.testing.assert_array_equal(predictor(image).array, expected)
+    assert tried == [1, 2]
+    assert "out of memory" in caplog.text
+    assert "in 2 blocks" in caplog.text
+    tried.clear()
+    monkeypatch.setattr(predict, "slabs", short_of_memory(2, failure, tried))
+    with pytest.raises(type(failure)):
+        predictor(image)
+    assert tried == [1, 2]  # once, and not on and on
+
+
+def test_another_error_is_not_taken_for_memory(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    monkeypatch.setattr(predict, "slabs", short_of_memory(1, RuntimeError("worker died: out of memory?"), tried))
+    with pytest.raises(RuntimeError, match="worker died"):
+        predictor((voxels(), affine_of("axial")))
+    assert tried == [1]
+
+
+def test_what_does_not_fit_beside_another_case_is_prepared_alone(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, refused = Predictor.prepare, list[str]()
+
+    def alone(self: Predictor, volume: Volume) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            refused.append(volume.paths[0].name)
+            raise MemoryError
+        return prepare(self, volume)
+
+    monkeypatch.setattr(Predictor, "prepare", alone)
+    assert statuses(predict_cases(predictor, find_cases(images), tmp_path)) == {"a": "done", "b": "done"}
+    assert refused == ["b.nii.gz"]
+
+
+def no_network(*_: Any, **__: Any) -> Any:
+    raise InputError("network", "is none")
+
+
+@pytest.mark.parametrize(("limit_mb", "threads"), [(None, {"MainThread", "medseg _read"}), (113.0, {"MainThread"})])
+def test_the_next_case_is_read_ahead_only_where_both_fit(
+    limit_mb: float | None, threads: set[str], package: ModelPackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image takes 7 MB to prepare and 9 MB on the network; 100 MB are taken at rest."""
+    for name in "abc":
+        save(tmp_path / "in" / f"{name}.nii", np.ones((128, 128, 128), np.int16), np.eye(4))
+    seen = set()
+
+    def read(paths: Any, channels: int) -> Any:
+        seen.add(threading.current_thread().name)
+        raise InputError(paths[0], "is only looked at")
+
+    model = limited(package, monkeypatch, limit_mb or 10_000)
+    monkeypatch.setattr(io, "read_volume", read)
+    predict_cases(model, find_cases(tmp_path / "in"), tmp_path / "out")
+    assert seen == {"MainThread"}  # what has failed is on no network, so that nothing is read beside it
+    monkeypatch.undo()
+    read_volume = io.read_volume
+
+    def watched(paths: Any, channels: int) -> Any:
+        seen.add(threading.current_thread().name)
+        return read_volume(paths, channels)
+
+    model = limited(package, monkeypatch, limit_mb or 10_000)
+    monkeypatch.setattr(io, "read_volume", watched)
+    monkeypatch.setattr(Predictor, "infer", no_network)
+    seen.clear()
+    predict_cases(model, find_cases(tmp_path / "in"), tmp_path / "out")
+    assert seen == threads
+
+
+def test_limits_of_control_groups_count(tmp_path: Path) -> None:
+    root = tmp_path / "cgroup"
+    own = tmp_path / "own"
+
+    def group(folder: str, limit: str, used: int, files: tuple[str, str], idle: str) -> None:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / files[0]).write_text(limit + "\n")
+        (root / folder / files[1]).write_text(f"{used}\n")
+        (root / folder / "memory.stat").write_text(f"anon 5\n{idle} 100\n")
+
+    second = ("memory.max", "memory.current")
+    group("job/step", "1000", 300, second, "inactive_file")
+    group("job", "max", 300, second, "inactive_file")
+    group("", "5000", 4900, second, "inactive_file")
+    own.write_text("0::/job/step\n")
+    assert list(predict._rooms_in_groups(root, own)) == [1000 - 300 + 100, 5000 - 4900 + 100]
+    group("memory", "2000", 700, ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file")
+    own.write_text("4:memory:/not/in/this/container\n3:cpuset:/\n")
+    assert list(predict._rooms_in_groups(root, own)) == [2000 - 700 + 100]
+    assert list(predict._rooms_in_groups(root, tmp_path / "nothing")) == []
+    assert predict.free_mb() > 0
+
+
+# Interruption
+
+
+def test_an_interrupted_batch_finishes_the_mask_in_hand_and_writes_its_tables(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer, out = Predictor.infer, tmp_path / "out"
+
+    def interrupted(self: Predictor, ready: Any, *arguments: Any, **choices: Any) -> Any:
+        if ready.source.paths[0].name == "b.nii.gz":
+            raise KeyboardInterrupt
+        return infer(self, ready, *arguments, **choices)
+
+    monkeypatch.setattr(Predictor, "infer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict_cases(predictor, find_cases(images), out)
+    assert json.loads((out / "run.json").read_text())["cases"] == {"done": 1, "kept": 0, "failed": 0, "open": 1}
+    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
+    monkeypatch.undo()
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "kept", "b": "done"}
+
+
+def test_tables_are_written_now_and_then(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "TABLE_SECONDS", 0.0)
+    write, rows = Journal.write_tables, list[int]()
+
+    def counted(self: Journal, *arguments: Any) -> None:
+        rows.append(len(self.results))
+        write(self, *arguments)
+
+    monkeypatch.setattr(Journal, "write_tables", counted)
+    predict_cases(predictor, find_cases(images), tmp_path)
+    assert rows == [1, 2, 2]
 
 
 # Privacy

@@ -41,8 +41,8 @@ _GEOMETRY_FIELDS = (
     *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
 )
 _METRE, _MICRON = 1, 3
-_CHUNK = 1 << 22
-"""Bytes, or voxels, that are handled at a time."""
+_CHUNK, _WRITTEN = 1 << 21, 1 << 18
+"""Bytes or voxels that are handled, and bytes that are written, at a time."""
 _REPLACE = "copy the file again from its source"
 
 
@@ -216,7 +216,9 @@ def _write(array: NDArray[Any], header: Nifti1Header, path: Path) -> None:
     with replacing(path) as temporary, _opened_for_writing(temporary) as stream:
         stream.write(header.binaryblock + b"\0\0\0\0")
         for part in _parts(array):
-            stream.write(part.tobytes(order="F"))
+            content = memoryview(part.tobytes(order="F"))
+            for start in range(0, len(content), _WRITTEN):  # what gzip is given at once it holds several times
+                stream.write(content[start : start + _WRITTEN])
 
 
 @contextlib.contextmanager

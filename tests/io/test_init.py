@@ -9,7 +9,17 @@ import pytest
 
 from medseg.errors import GeometryMismatch, InputError
 from medseg.geometry import Geometry
-from medseg.io import describe_grid, finite_float32, integral, name_of, read_mask, read_volume, suffix_of, write_mask
+from medseg.io import (
+    describe_grid,
+    finite,
+    finite_float32,
+    integral,
+    name_of,
+    read_mask,
+    read_volume,
+    suffix_of,
+    write_mask,
+)
 from medseg.volume import Labels, Mask
 
 GRID = Geometry((2, 3, 4), np.diag([-1.0, 1.0, 2.5, 1.0]))
@@ -92,6 +102,26 @@ def test_an_image_of_two_channels_is_no_mask(tmp_path: Path) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(both, isVector=True), str(tmp_path / "a.mha"))
     with pytest.raises(InputError, match="3 channels"):
         read_mask(tmp_path / "a.mha")
+
+
+def test_finite_keeps_integers_and_the_order_in_memory() -> None:
+    whole = np.asfortranarray(np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    assert finite(whole, "x") is whole
+    assert finite(whole > 3, "x").dtype == np.uint8
+    single = whole.astype(np.float32)
+    assert finite(single, "x") is single
+    double = finite(np.asfortranarray(whole.astype(np.float64)), "x")
+    assert double.dtype == np.float32
+    assert double.flags.f_contiguous
+    np.testing.assert_array_equal(double, whole)
+
+
+def test_finite_counts_over_all_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medseg.io._CHUNK", 5)
+    values = np.zeros((4, 3, 2))
+    values[0, 0, 0], values[3, 2, 1], values[1, 1, 1] = np.nan, np.inf, 1e39
+    with pytest.raises(InputError, match="x: 3 voxels are not finite"):
+        finite(values, "x")
 
 
 def test_finite_float32_counts_what_is_not_finite() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +19,12 @@ from hypothesis import strategies as st
 from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.nifti2 import Nifti2Header, Nifti2Image
 
+from medseg import io
 from medseg.errors import InputError, MedsegError, UnreadableFile
 from medseg.geometry import Geometry
 from medseg.io import nifti, read_mask, read_volume, write_mask
-from medseg.volume import Mask
+from medseg.io.nifti import Probabilities
+from medseg.volume import Mask, Volume
 
 OBLIQUE = np.array([[0.8, -0.6, 0, 11.3], [0.6, 0.8, 0, -7.1], [0, 0, 2.5, 3.3], [0, 0, 0, 1]])
 VOXELS = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
@@ -583,3 +586,98 @@ def test_real_endian_twins_hold_the_same_image(oddities: Path) -> None:
 def test_real_oddities_are_refused(oddities: Path, name: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         nifti.read(oddities / name)
+
+
+# Probabilities, block by block
+
+
+def of_uint8(array: np.ndarray) -> Mask:
+    geometry = Geometry(array.shape, np.diag([0.75, 0.75, 2.0, 1.0]))
+    return Mask(array.astype(np.uint8), geometry)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_probabilities_come_back_whichever_way_the_blocks_lie(axis: int, tmp_path: Path) -> None:
+    shape = (7, 6, 5)
+    values = np.random.default_rng(0).random((2, *shape)).astype(np.float32)
+    mask = of_uint8(np.zeros(shape))
+    with Probabilities(shape, 2, tmp_path) as taken:
+        for start in range(0, shape[axis], 2):
+            place = tuple(slice(start, start + 2) if n == axis else slice(None) for n in range(3))
+            taken.put(place, values[(slice(None), *place)])
+        for index in range(2):
+            taken.write(index, mask, tmp_path / f"{index}.nii.gz")
+    for index in range(2):
+        image = nibabel.load(tmp_path / f"{index}.nii.gz")
+        assert image.get_data_dtype() == np.uint16
+        assert np.abs(image.get_fdata() - values[index]).max() < 1 / 65535
+        np.testing.assert_array_equal(image.affine, mask.geometry.affine)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.nii.gz", "1.nii.gz"]
+
+
+def test_where_no_probability_is_put_it_is_0_and_0_and_1_are_exact(tmp_path: Path) -> None:
+    mask = of_uint8(np.zeros((4, 4, 4)))
+    with Probabilities((4, 4, 4), 1, tmp_path) as taken:
+        taken.write(0, mask, tmp_path / "none.nii.gz")
+        taken.put((slice(1, 2), slice(0, 4), slice(0, 4)), np.ones((1, 1, 4, 4), np.float32))
+        taken.write(0, mask, tmp_path / "some.nii.gz")
+    assert nibabel.load(tmp_path / "none.nii.gz").get_fdata().max() == 0
+    found = nibabel.load(tmp_path / "some.nii.gz").get_fdata()
+    assert set(np.unique(found)) == {0.0, 65535 * np.float64(np.float32(1 / 65535))}
+    assert found[1].min() > 0.9999999
+
+
+def test_a_disk_without_room_for_probabilities_is_an_error_at_once(monkeypatch: Any, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        Probabilities((4, 4, 4), 1, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Lean reading
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_reading_takes_little_more_than_the_stored_voxels(ending: str, tmp_path: Path) -> None:
+    """16 MB of int16 are read in less than 24 MB, and written in less than 12 MB beside them."""
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (128, 256, 256)).astype(np.int16)
+    path = tmp_path / f"a{ending}"
+    tracemalloc.start()
+    nifti.write_volume(Volume(voxels[np.newaxis], Geometry(voxels.shape, np.eye(4))), path)
+    written = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    volume = read_volume(path)
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert volume.array.dtype == np.int16
+    np.testing.assert_array_equal(volume.array[0], voxels)
+    assert peak < 1.5 * voxels.nbytes
+    assert written < 0.75 * voxels.nbytes
+
+
+def test_scaled_voxels_are_float32(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.nii", content_of(header_of(scl_slope=0.5, scl_inter=-3)))
+    found = nifti.read(path).array
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found[0], VOXELS * 0.5 - 3)
+
+
+def test_an_outline_has_grid_and_type_and_takes_no_memory(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.ones((4, 5, 6, 2), np.int16), np.diag([1, 2, 3, 1]))
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    outline, whole = io.outline([tmp_path / "a.nii.gz"]), read_volume(tmp_path / "a.nii.gz")
+    assert outline is not None
+    assert (outline.array.shape, outline.array.dtype) == (whole.array.shape, np.int16)
+    assert outline.array.nbytes == whole.array.nbytes
+    assert outline.array.strides == (0, 0, 0, 0)
+    assert outline.geometry == whole.geometry
+    two = io.outline([tmp_path / "a.nii.gz"] * 2)
+    assert two is not None
+    assert two.array.shape == (4, 4, 5, 6)
+    assert io.outline([tmp_path / "a.png"]) is None
+    with pytest.raises(UnreadableFile):
+        io.outline([saved(tmp_path / "b.nii", b"nothing")])
