@@ -95,15 +95,20 @@ class _Classifier:
         """Label indices (rows, columns) of bands (C, rows, columns), made ``shape`` large by zeros, as in training."""
         missing = [(0, n - size) for n, size in zip(shape, bands.shape[1:], strict=True)]
         image = np.pad(normalise(bands, self.plan.normalisation), [(0, 0), *missing])
+        image = self.turn.apply(image.transpose(0, 2, 1)[..., np.newaxis])
         finished = slabs(
             self.networks,
-            self.turn.apply(image.transpose(0, 2, 1)[..., np.newaxis]),
+            image,
             self.setup.patch_size,
             overlap=0.5,
             mirror_axes=self.setup.mirror_axes if self.mirror else (),
             device=self.device,
+            axis=1,  # whatever the window's shape: in another order sums round otherwise
         )
-        indices = np.concatenate([logits.argmax(axis=0).astype(np.uint8) for _, _, logits in finished])
+        indices = np.empty(image.shape[1:], dtype=np.uint8)
+        for slab in finished:
+            winners = slab.logits.argmax(dim=-1).to(torch.uint8).cpu().numpy()  # (planes, 1, columns)
+            indices[:, slab.start : slab.stop] = winners.swapaxes(0, 1)
         return self.turn.inverse.apply(indices)[..., 0].T
 
 

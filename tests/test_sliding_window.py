@@ -13,11 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
 from medseg.errors import TrainingError
-from medseg.sliding_window import Network, gaussian, slabs, tile_starts
+from medseg.resample import resample_image
+from medseg.sliding_window import (
+    Network,
+    buffer_bytes,
+    gaussian,
+    is_out_of_memory,
+    rolling_axis,
+    slabs,
+    tile_count,
+    tile_starts,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -38,16 +49,27 @@ def image_of(shape: Sequence[int], seed: int = 0, channels: int = 2) -> NDArray[
     return np.random.default_rng(seed).normal(size=(channels, *shape)).astype(np.float32)
 
 
-def joined(*args: Any, **more: Any) -> NDArray[np.float32]:
-    """The logits of the whole volume; slabs must follow each other without gap."""
-    pieces, at = [], 0
-    for start, stop, logits in slabs(*args, **more):
-        assert start == at < stop
-        assert logits.shape[1] == stop - start
-        assert logits.dtype == np.float32
-        at = stop
-        pieces.append(logits)
-    return np.concatenate(pieces, axis=1)
+def joined(networks: Sequence[Network], image: NDArray[np.float32], *args: Any, **more: Any) -> NDArray[np.float32]:
+    """The logits (classes, D, H, W) of the whole volume; slabs must cover it in the order that ``Slab`` promises."""
+    whole: NDArray[np.float32] = np.zeros(0)
+    at: tuple[int, int] = (0, 0)
+    for slab in slabs(networks, image, *args, **more):
+        planes, rows, columns, classes = slab.logits.shape
+        assert slab.logits.dtype == torch.float32
+        across, along = (n for axis, n in enumerate(image.shape[1:]) if axis != slab.axis)
+        assert (planes, rows, columns) == (slab.stop - slab.start, slab.rows[1] - slab.rows[0], along)
+        assert (slab.start, slab.rows[0]) == at
+        if not whole.size:
+            whole = np.full((classes, *image.shape[1:]), np.nan, dtype=np.float32)
+        part = np.moveaxis(whole, (1 + slab.axis, 0), (0, -1))[slab.start : slab.stop, slice(*slab.rows)]
+        found = slab.logits.numpy()
+        np.testing.assert_allclose(part[~np.isnan(part)], found[~np.isnan(part)], rtol=1e-5, atol=1e-5)  # rows on a cut
+        part[...] = found
+        # a block ends with the first row of the next
+        at = (slab.stop, slab.rows[0]) if slab.stop < image.shape[1 + slab.axis] else (0, slab.rows[1] - 1)
+    assert at == (0, across - 1)
+    assert not np.isnan(whole).any()
+    return whole
 
 
 def plain(
@@ -57,7 +79,7 @@ def plain(
     missing = [max(0, p - n) for n, p in zip(image.shape[1:], patch, strict=True)]
     padded = np.pad(image, [(0, 0), *((m // 2, m - m // 2) for m in missing)])
     total: NDArray[Any] = np.zeros(())
-    weight = gaussian(tuple(patch)).astype(np.float64)
+    weight = gaussian(tuple(patch)).double().numpy()
     mass = np.zeros(padded.shape[1:])
     for corner in itertools.product(
         *(tile_starts(n, p, overlap) for n, p in zip(padded.shape[1:], patch, strict=True))
@@ -84,14 +106,23 @@ def plain(
     st.tuples(*[st.integers(1, 6)] * 3),
     st.sampled_from([0.0, 0.3, 0.5, 0.75]),
     st.sets(st.integers(0, 2)),
-    st.integers(1, 3),
+    st.integers(1, 2),
+    st.fixed_dictionaries(
+        {"batch_size": st.integers(1, 3), "blocks": st.integers(1, 4), "axis": st.sampled_from([None, 0, 1, 2])}
+    ),
     seeds,
 )
 def test_equal_to_a_buffer_of_the_whole_volume(
-    shape: tuple[int, ...], patch: tuple[int, ...], overlap: float, mirror: set[int], folds: int, seed: int
+    shape: tuple[int, ...],
+    patch: tuple[int, ...],
+    overlap: float,
+    mirror: set[int],
+    folds: int,
+    how: dict[str, Any],
+    seed: int,
 ) -> None:
     image, networks, axes = image_of(shape, seed), [convolution(n) for n in range(folds)], sorted(mirror)
-    found = joined(networks, image, patch, overlap=overlap, mirror_axes=axes)
+    found = joined(networks, image, patch, overlap=overlap, mirror_axes=axes, **how)
     assert found.shape == (3, *shape)
     np.testing.assert_allclose(found, plain(networks, image, patch, overlap, axes), rtol=1e-3, atol=1e-4)
 
@@ -108,7 +139,7 @@ def test_equal_to_monai_where_it_places_the_same_tiles(shape: tuple[int, ...]) -
         network,
         overlap=0.5,
         mode="gaussian",
-        roi_weight_map=torch.from_numpy(gaussian((4, 4, 4)).copy()),
+        roi_weight_map=gaussian((4, 4, 4)),
     )
     np.testing.assert_allclose(found, theirs[0].numpy(), rtol=1e-4, atol=1e-5)
 
@@ -124,17 +155,31 @@ def test_equal_to_monai_on_odd_sizes_where_tiles_do_not_matter(shape: tuple[int,
     np.testing.assert_allclose(found, voxelwise(torch.from_numpy(image[np.newaxis]))[0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_weights_are_monais_up_to_their_scale() -> None:
-    from monai.data.utils import compute_importance_map
+def test_weights_worked_out_by_hand() -> None:
+    """Of four voxels: the largest at voxel 2, a deviation of half a voxel, exp(-2) and exp(-8) one and two off."""
+    line = [10 * np.exp(-8), 10 * np.exp(-2), 10, 10 * np.exp(-2)]
+    np.testing.assert_allclose(gaussian((1, 1, 4)).flatten(), line, rtol=1e-6)
+    np.testing.assert_allclose(gaussian((3, 1, 4))[1, 0], line, rtol=1e-6)
+    # of three: the largest in the middle, a deviation of 3/8 of a voxel: exp(-(8/3)^2 / 2) = exp(-32/9)
+    np.testing.assert_allclose(
+        gaussian((3, 1, 4))[:, 0, 2], [10 * np.exp(-32 / 9), 10, 10 * np.exp(-32 / 9)], rtol=1e-6
+    )
+    assert gaussian((1, 1, 1)).flatten().tolist() == [10]
 
-    theirs = compute_importance_map((5, 8, 6), mode="gaussian", sigma_scale=0.125)
-    ours = gaussian((5, 8, 6))
-    assert ours.max() == 10
-    assert ours.min() > 0
-    scaled = theirs.numpy() / theirs.max().item() * 10
-    large = ours > 0.1  # MONAI's floor is a thousandth of the largest
-    np.testing.assert_allclose(ours[large], scaled[large], rtol=1e-4)
-    assert gaussian((1,)).tolist() == [10]
+
+@pytest.mark.parametrize("patch", [(6, 5, 8), (1, 7, 4), (16, 2, 3)])
+def test_the_weights_are_nnunets(patch: tuple[int, int, int]) -> None:
+    """As it makes them: a filtered point at voxel p // 2, scaled to 10; here in double precision."""
+    point = np.zeros(patch)
+    point[tuple(n // 2 for n in patch)] = 1
+    theirs = ndimage.gaussian_filter(point, [n / 8 for n in patch], mode="constant")
+    np.testing.assert_allclose(gaussian(patch), theirs / theirs.max() * 10, rtol=1e-4)
+
+
+def test_no_weight_of_a_large_patch_vanishes() -> None:
+    weight = gaussian((160, 128, 96))
+    assert weight.max() == 10
+    np.testing.assert_allclose(float(weight.min()), 10 * np.exp(-24), rtol=1e-4)  # in a corner: exp(-8) an axis
 
 
 def test_mirroring_undoes_itself_for_a_network_that_follows_it() -> None:
@@ -147,7 +192,7 @@ def test_mirroring_undoes_itself_for_a_network_that_follows_it() -> None:
         return F.conv3d(batch, weight, padding=1)
 
     np.testing.assert_allclose(
-        joined([network], image, (4, 4, 4), mirror_axes=(0, 1, 2)), joined([network], image, (4, 4, 4)), rtol=1e-4
+        joined([network], image, (4, 4, 4), mirror_axes=(0, 1, 2)), joined([network], image, (4, 4, 4)), 1e-4, 1e-5
     )
 
 
@@ -158,9 +203,9 @@ def test_mirroring_by_hand() -> None:
         return torch.arange(4.0).expand(batch.shape[0], 1, *batch.shape[2:-1], 4)
 
     image = image_of((2, 3, 4))
-    assert (joined([ramp], image, (2, 3, 4)) == np.arange(4)).all()
-    assert (joined([ramp], image, (2, 3, 4), mirror_axes=(2,)) == 1.5).all()
-    assert (joined([ramp], image, (2, 3, 4), mirror_axes=(0, 1)) == np.arange(4)).all()
+    for axes, expected in (((), np.arange(4)), ((2,), 1.5), ((0, 1), np.arange(4))):
+        found = joined([ramp], image, (2, 3, 4), mirror_axes=axes)
+        np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), rtol=1e-6)
 
 
 def test_slices_are_seen_one_by_one() -> None:
@@ -183,7 +228,7 @@ def test_a_small_image_lies_in_the_middle_of_its_tile() -> None:
 
     image = np.ones((1, 2, 3, 4), dtype=np.float32)
     found = joined([network], image, (4, 4, 4))
-    np.testing.assert_array_equal(found, image)
+    np.testing.assert_allclose(found, image, rtol=1e-6)
     expected = torch.zeros(1, 1, 4, 4, 4)
     expected[:, :, 1:3, 0:3] = 1
     assert torch.equal(seen[0], expected)
@@ -225,3 +270,174 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
 def test_a_network_is_needed() -> None:
     with pytest.raises(ValueError, match="one network"):
         joined([], image_of((4, 4, 4)), (4, 4, 4))
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "axis", "voxels"),
+    [
+        ((10, 10, 10), (4, 5, 6), 0, 4 * 100),
+        ((10, 10, 10), (6, 5, 4), 2, 4 * 100),
+        ((10, 20, 30), (5, 5, 5), 2, 5 * 200),
+        ((8, 8, 8), (4, 4, 4), 0, 4 * 64),  # equals: the first
+        ((7, 40, 30), (64, 64), 0, 40 * 30),  # slices
+        ((1, 40, 30), (16, 24), 1, 16 * 30),  # a picture: of rows 16 of 40, of columns 24 of 30
+        ((3, 4, 5), (16, 16, 16), 0, 3 * 4 * 5),  # never more than the image
+    ],
+)
+def test_the_buffer_lies_where_it_is_smallest(
+    shape: tuple[int, ...], patch: tuple[int, ...], axis: int, voxels: int
+) -> None:
+    assert rolling_axis(shape, patch) == axis
+    assert buffer_bytes(shape, patch, classes=7) == voxels * 8 * 4  # seven logits and a weight, four bytes each
+
+
+def test_blocks_take_less_memory_and_more_tiles() -> None:
+    """Planes of 10 x 10, 4 rows deep: blocks of 5 rows, the first with one row more, have 6 x 10 x 4 voxels."""
+    assert buffer_bytes((10, 10, 10), (4, 4, 4), 1, blocks=2) == 4 * 6 * 10 * 2 * 4
+    assert buffer_bytes((10, 10, 10), (4, 4, 4), 1, blocks=99) == 4 * 3 * 10 * 2 * 4  # five blocks of two rows
+    # tiles begin at 0, 2, 4 and 6; rows 0 to 6 are touched by those at 0, 2 and 4, rows 5 to 10 by those at 2, 4 and 6
+    assert tile_count((10, 10, 10), (4, 4, 4)) == 4 * 4 * 4
+    assert tile_count((10, 10, 10), (4, 4, 4), blocks=2) == 4 * (3 + 3) * 4
+    assert tile_count((3, 6, 4), (4, 4), overlap=0) == 3 * 2 * 1
+
+
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 5)] * 3), st.integers(1, 3))
+def test_tiles_are_counted_as_they_are_run(shape: tuple[int, ...], patch: tuple[int, ...], blocks: int) -> None:
+    seen = []
+
+    def network(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        return batch
+
+    ramp = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape) + 1
+    joined([network], ramp, patch, blocks=blocks)
+    if max(patch) > 1:  # a tile of one voxel is a tile of one value
+        lonely = all(n == 1 or p == 1 for n, p in zip(shape, patch, strict=True))
+        assert lonely or sum(seen) == tile_count(shape, patch, blocks=blocks)
+
+
+def test_memory_is_that_of_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One allocation holds all sums, over planes and blocks; what is handed out lies in it."""
+    image = image_of((20, 8, 8))
+    places = {slab.logits.data_ptr() for slab in slabs([convolution(0)], image, (4, 4, 4), blocks=2)}
+    assert len(places) == 1
+    first = next(iter(slabs([convolution(0)], image, (4, 4, 4), blocks=2)))
+    whole = first.logits.untyped_storage().nbytes()
+    assert whole + whole // 3 == buffer_bytes((20, 8, 8), (4, 4, 4), classes=3, blocks=2)  # and one weight for 3 logits
+
+
+# Tiles of one value
+
+
+def counted(network: Network, seen: list[Tensor]) -> Network:
+    def run(batch: Tensor) -> Tensor:
+        seen.extend(batch.clone())
+        return network(batch)
+
+    return run
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_tiles_of_one_value_are_computed_once(batch_size: int) -> None:
+    """Along 20 planes tiles of 4 begin at 0, 2, ... 16; the one voxel in plane 9 is in those at 6 and 8."""
+    image = np.full((2, 20, 4, 4), -1.1, dtype=np.float32)
+    image[1] = 3
+    image[0, 9, 2, 2] = 5
+    seen: list[Tensor] = []
+    found = joined([counted(convolution(0), seen)], image, (4, 4, 4), batch_size=batch_size)
+    assert len(seen) == 3
+    np.testing.assert_allclose(found, plain([convolution(0)], image, (4, 4, 4), 0.5, []), rtol=1e-4, atol=1e-4)
+
+
+def test_what_resampling_leaves_of_one_value_is_one_value() -> None:
+    """Planes 0 to 24 of air beside a body: far enough from it air stays, up to rounding."""
+    image = np.full((1, 60, 25, 20), -1.83746, dtype=np.float32)
+    image[:, 50:] = image_of((10, 25, 20), channels=1)
+    air = resample_image(image, (53, 31, 22), (3, 3, 3))[:, :24]
+    assert np.ptp(air) > 0
+    seen: list[Tensor] = []
+    joined([counted(convolution(0, channels=1), seen)], air, (8, 8, 8))
+    assert len(seen) == 1
+    np.testing.assert_allclose(seen[0], -1.83746, rtol=1e-6)
+
+
+def test_a_second_value_is_computed_anew() -> None:
+    """Tiles of 4 without overlap: of 0, of 0, of both, of 7 and of 7 in channel 0."""
+    image = np.zeros((2, 20, 4, 4), dtype=np.float32)
+    image[0, 10:] = 7
+    seen: list[Tensor] = []
+    found = joined([counted(convolution(0), seen)], image, (4, 4, 4), overlap=0)
+    assert len(seen) == 3
+    np.testing.assert_allclose(found, plain([convolution(0)], image, (4, 4, 4), 0, []), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_small_is_taken_for_nothing() -> None:
+    """A value that differs by a hundred-thousandth is another value, also far from 0 and in one channel alone."""
+    image = np.full((2, 4, 4, 4), 100, dtype=np.float32)
+    image[1, 2, 2, 2] *= 1.00001
+    seen: list[Tensor] = []
+    joined([counted(voxelwise, seen)], image, (4, 4, 4))
+    np.testing.assert_array_equal(seen[0], image)
+
+
+def test_a_network_may_use_the_memory_of_its_logits_again() -> None:
+    memory = torch.empty(1, 1, 4, 4, 4)
+
+    def network(batch: Tensor) -> Tensor:
+        memory.copy_(batch)
+        return memory
+
+    image = np.zeros((1, 16, 4, 4), dtype=np.float32)
+    image[:, 5:7] = image_of((2, 4, 4), channels=1)
+    np.testing.assert_allclose(joined([network], image, (4, 4, 4)), image, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(joined([network], image, (4, 4, 4), mirror_axes=(1,)), image, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_of_another_memory_order_gives_the_same() -> None:
+    def last(batch: Tensor) -> Tensor:
+        return convolution(0)(batch).contiguous(memory_format=torch.channels_last_3d)
+
+    image = image_of((9, 6, 7))
+    for axis in range(3):
+        np.testing.assert_array_equal(
+            joined([last], image, (4, 4, 4), axis=axis), joined([convolution(0)], image, (4, 4, 4), axis=axis)
+        )
+
+
+def test_the_image_is_not_written_to() -> None:
+    image = image_of((6, 4, 4))
+    image.flags.writeable = False
+    joined([lambda batch: batch.mul_(2)], image, (4, 4, 4), mirror_axes=(0,))
+    np.testing.assert_array_equal(image, image_of((6, 4, 4)))
+
+
+# Too little memory
+
+
+def test_too_little_memory_is_handed_on_and_a_second_try_is_whole() -> None:
+    """A device that is too small for logits of more than five rows: nothing is caught, nothing is left behind."""
+    image = image_of((9, 10, 4))
+
+    def network(batch: Tensor) -> Tensor:
+        if batch.shape[0] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return voxelwise(batch)
+
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        joined([network], image, (4, 4, 4), batch_size=2)
+    found = joined([network], image, (4, 4, 4), blocks=2, on_device=False)
+    np.testing.assert_allclose(found, joined([voxelwise], image, (4, 4, 4)), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_too_little_memory() -> None:
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(10**15)
+    assert is_out_of_memory(failure.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(ValueError("out of memory"))
