@@ -111,7 +111,7 @@ def build_engine(
     precision: str = "32",
     quantised: Quantised | None = None,
 ) -> Engine:
-    """A network as a plain callable, for one thread at a time.
+    """A network as a plain callable.
 
     Args:
         name: one of ``ENGINES``.
@@ -276,11 +276,11 @@ def _openvino_engine(model: Any, precision: str) -> Engine:
         "ENABLE_CPU_PINNING": False,  # two programs would take the same cores
     }
     compiled = openvino.Core().compile_model(last.build(), "CPU", settings)
-    request = compiled.create_infer_request()
     shape = tuple(compiled.output().shape)[1:]
 
     def run(x: Tensor) -> Tensor:
         logits = torch.empty(len(x), *shape)
+        request = compiled.create_infer_request()  # one that was cancelled can run no more
         for one, out in zip(torch.split(x.contiguous(), 1), torch.split(logits, 1), strict=True):
             request.set_input_tensor(openvino.Tensor(one.numpy(), shared_memory=True))
             request.set_output_tensor(openvino.Tensor(out.numpy(), shared_memory=True))
@@ -298,6 +298,8 @@ def _wait(request: Any) -> None:
             pass
     except BaseException:
         request.cancel()
+        with contextlib.suppress(RuntimeError):  # says that it was cancelled: now nothing writes into the logits
+            request.wait()
         raise
 
 

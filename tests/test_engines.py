@@ -241,6 +241,10 @@ class Slow:
     def cancel(self) -> None:
         self.calls.append("cancel")
 
+    def wait(self) -> None:
+        self.calls.append("ended")
+        raise RuntimeError("Infer Request was canceled")
+
 
 def test_a_long_tile_can_be_interrupted() -> None:
     request = Slow(interrupted=False)
@@ -249,7 +253,7 @@ def test_a_long_tile_can_be_interrupted() -> None:
     request = Slow(interrupted=True)
     with pytest.raises(KeyboardInterrupt):
         engines._wait(request)
-    assert request.calls[-1] == "cancel"
+    assert request.calls[-2:] == ["cancel", "ended"]
 
 
 # ---- 8-bit integers ------------------------------------------------------------------------------------------------
