@@ -597,8 +597,47 @@ def import_nnunet(
     """
     from medseg.interop.nnunet import import_model
 
-    import_model(folder, out, folds=_folds(folds), checkpoint=checkpoint, previous=previous, orientation=orientation)
-    _console(stderr=False).print(f"model package: {out}")
+    made = import_model(
+        folder, out, folds=_folds(folds), checkpoint=checkpoint, previous=previous, orientation=orientation
+    )
+    output = _console(stderr=False)
+    for note in made.notes:
+        output.print(escape(f"note: {note}"))
+    output.print(f"model package: {out}")
+
+
+@app.command(
+    epilog=_examples(
+        "medseg quantise hippocampus/package Task04_Hippocampus",
+        "medseg predict scans -m hippocampus/package -o masks --engine openvino-int8",
+    )
+)
+@as_command
+def quantise(
+    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Model package, folder or zip.")],
+    dataset: DatasetArgument,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a model's 8-bit form, and measure what it costs.
+
+    It is calibrated on cases that the model was trained on and kept beside the package, where `medseg predict --engine
+    openvino-int8` finds it: faster on a CPU, with masks that differ a little. The mean Dice of both forms is measured
+    on cases that calibration did not see.
+    """
+    from medseg.dataset import Dataset
+    from medseg.quantise import quantise as quantise_package
+
+    with Show(quiet) as show:
+        records = quantise_package(package, Dataset.open(dataset), show)
+    rows = []
+    for record in records:
+        dices = (record.dice_float32, record.dice_int8, record.dice_loss)
+        cells = ("not measured" if dice is None else f"{dice:.4f}" for dice in dices)
+        counts = (str(record.tiles), f"{record.agreement:.4f}", str(len(record.measured_cases)))
+        rows.append((record.network[:12], *counts, *cells))
+    header = ("network", "calibration tiles", "agreement", "measured cases", "Dice", "Dice in 8 bits", "loss")
+    _table(_console(stderr=False), header, rows)
 
 
 @app.command(

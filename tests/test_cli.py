@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import logging
+import multiprocessing
 import os
+import random
 import re
 import runpy
 import shutil
@@ -14,10 +17,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -25,12 +31,16 @@ from typer.testing import CliRunner
 import medseg
 from medseg import cli, pipeline, train
 from medseg.cli import app
+from medseg.engines import Quantisation
 from medseg.errors import InputError, TrainingError
 from medseg.phantom import make_dataset
 from medseg.pipeline import RunResult
 from medseg.plan import Plan
 
-COMMANDS = ("run", "check", "plan", "train", "predict", "evaluate", "download", "doctor", "demo")
+COMMANDS = (
+    *("run", "check", "plan", "train", "predict", "import-nnunet", "quantise"),
+    *("evaluate", "download", "doctor", "demo"),
+)
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 
 
@@ -59,7 +69,7 @@ def bad_dataset(source: Path, target: Path) -> Path:
 def test_help_lists_every_command_with_a_whole_sentence() -> None:
     result = medseg_("--help")
     assert result.exit_code == 0
-    listed = re.findall(r"^  (\w+) {2,}(\S.*)$", result.stdout.partition("Commands:")[2], re.MULTILINE)
+    listed = re.findall(r"^  ([\w-]+) {2,}(\S.*)$", result.stdout.partition("Commands:")[2], re.MULTILINE)
     assert [name for name, _ in listed] == list(COMMANDS)
     assert all(sentence.endswith(".") and not sentence.endswith("...") for _, sentence in listed)
     assert "not a medical device" in result.stdout
@@ -131,6 +141,14 @@ def test_what_is_no_list_of_folds_is_refused(text: str) -> None:
         (["predict", "DATA", "-m", "PACKAGE", "-o", "mask.nii.gz"], "mask.nii.gz: names a file"),
         (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--overlap", "2"], "--overlap"),
         (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--device", "abacus"], "'abacus' is not there"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--memory-limit", "6"], "--memory-limit: '6' is no amount"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--shard", "3/2"], "--shard: '3/2' is no shard"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--engine", "steam"], "--engine"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--probabilities", "heart"], "the model has no heart"),
+        (["predict", "EMPTY/*.nii", "-m", "PACKAGE", "-o", "OUT"], "matches no image"),
+        (["predict", "DATA", "EMPTY", "-m", "PACKAGE", "-o", "OUT"], "holds no image among its 0 entries"),
+        (["import-nnunet", "EMPTY", "-o", "OUT"], "EMPTY"),
+        (["quantise", "nothing", "DATA"], "nothing: "),
         (["evaluate", "EMPTY", "DATA", "-o", "OUT"], "holds no masks"),
         (["evaluate", "nowhere", "DATA", "-o", "OUT"], "nowhere: is not there"),
         (["download", "Task99"], "Task04_Hippocampus, Task05_Prostate"),
@@ -294,6 +312,81 @@ def test_predict_goes_on_after_a_bad_case_and_ends_with_3(
     assert "error: broken failed" in result.stderr
     written = {path.name for path in out.iterdir()} - {".lock"}
     assert written == {"phantom_007.nii.gz", "phantom_008.nii.gz", "cases.csv", "journal.jsonl", "run.json", "log.txt"}
+
+
+def test_predict_takes_several_places_and_writes_probabilities(
+    tiny_run: RunResult, phantom_dataset: Path, tmp_path: Path
+) -> None:
+    one, two = sorted((phantom_dataset / "imagesTs").iterdir())
+    (tmp_path / "list.csv").write_text(f"case,image\nsecond,{two}\n")
+    words = ["--probabilities", "organ, lesion", "--memory-limit", "16GB", "--engine", "eager", "--device", "cpu"]
+    out = tmp_path / "out"
+    result = medseg_("predict", one, tmp_path / "list.csv", "-m", tiny_run.package, "-o", out, *words)
+    assert (result.exit_code, result.stdout) == (0, f"2 masks in {out} (0 kept from before), 0 failed\n")
+    assert re.search(r"^predicting 100% second done \(2 of 2\)", result.stderr, re.MULTILINE)
+    assert sorted(path.name for path in out.rglob("*.nii.gz")) == [
+        *("phantom_007.nii.gz", "phantom_007_lesion.nii.gz", "phantom_007_organ.nii.gz"),
+        *("second.nii.gz", "second_lesion.nii.gz", "second_organ.nii.gz"),
+    ]
+    run = json.loads((out / "run.json").read_text())
+    assert run["settings"]["probabilities"] == ["organ", "lesion"]
+    assert (run["settings"]["memory_limit_mb"], run["engine"]) == (16384, "eager")
+
+
+def test_a_job_of_a_slurm_array_takes_its_share_and_says_so(
+    tiny_run: RunResult, phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in {"ID": 11, "MIN": 10, "MAX": 11, "STEP": 1, "COUNT": 2}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(number))
+    arguments = ("predict", phantom_dataset, "-m", tiny_run.package, "-o", tmp_path / "out")
+    result = medseg_(*arguments)
+    assert result.exit_code == 0
+    assert "shard 2/2, as this job in its Slurm array" in result.stderr
+    written = {path.name for path in (tmp_path / "out").iterdir()} - {".lock", ".lock-2-of-2"}
+    own = {"cases-2-of-2.csv", "journal-2-of-2.jsonl", "run-2-of-2.json", "log-2-of-2.txt"}
+    assert written == own | {"phantom_008.nii.gz"}
+    result = medseg_(*arguments, "--shard", "1/1")  # what is said comes before what is found
+    assert "Slurm" not in result.stderr
+    assert "2 masks" in result.stdout
+    assert "(1 kept from before)" in result.stdout
+
+
+def test_import_nnunet_passes_on_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def import_model(folder: Path, out: Path, **choices: Any) -> Any:
+        calls.append((folder, out, choices))
+        return types.SimpleNamespace(notes=("turned to [RAS]",))
+
+    monkeypatch.setattr("medseg.interop.nnunet.import_model", import_model)
+    words = ["--folds", "0,2", "--checkpoint", "best.pth", "--previous", "low", "--orientation", "RAS"]
+    result = medseg_("import-nnunet", "model", "-o", "package", *words)
+    assert (result.exit_code, result.stdout) == (0, "note: turned to [RAS]\nmodel package: package\n")
+    choices = {"folds": (0, 2), "checkpoint": "best.pth", "previous": Path("low"), "orientation": "RAS"}
+    assert calls == [(Path("model"), Path("package"), choices)]
+    medseg_("import-nnunet", "model", "-o", "package")
+    usual = {"folds": None, "checkpoint": "checkpoint_final.pth", "previous": None, "orientation": "stored"}
+    assert calls[1][2] == usual
+
+
+def test_quantise_tells_what_it_costs(phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Quantisation(
+        network="0123456789abcdef",
+        tiles=32,
+        cases=("a", "b"),
+        agreement=0.9912,
+        measured_cases=("c",),
+        dice_float32=0.9,
+        dice_int8=0.8986,
+        dice_loss=0.0014,
+        versions={},
+    )
+    bare = record.model_copy(update={"dice_float32": None, "dice_int8": None, "dice_loss": None, "measured_cases": ()})
+    monkeypatch.setattr("medseg.quantise.quantise", lambda package, dataset, show: [record, bare])
+    result = medseg_("quantise", "package", phantom_dataset)
+    assert result.exit_code == 0
+    assert re.search(r"^0123456789ab +32 +0\.9912 +1 +0\.9000 +0\.8986 +0\.0014", result.stdout, re.MULTILINE)
+    assert re.search(r"^0123456789ab +32 +0\.9912 +0 +not measured", result.stdout, re.MULTILINE)
 
 
 def test_evaluate_has_a_word_each_for_failed_and_for_not_scored(tiny_run: RunResult, tmp_path: Path) -> None:
@@ -478,6 +571,157 @@ def test_a_training_that_is_interrupted_ends_with_130_and_goes_on(
     result = medseg_(*arguments)
     assert result.exit_code == 0, result.stderr
     assert "checking" not in result.stderr  # was done before
+    assert not list(out.rglob(".medseg-tmp-*"))
+
+
+@pytest.fixture
+def scans(phantom_dataset: Path, tmp_path: Path) -> Path:
+    """A folder of six images, a to f."""
+    (tmp_path / "scans").mkdir()
+    for name, source in zip("abcdef", sorted((phantom_dataset / "imagesTr").iterdir()), strict=True):
+        shutil.copy(source, tmp_path / "scans" / f"{name}.nii.gz")
+    return tmp_path / "scans"
+
+
+SLOW = """
+import sys, time
+from medseg import cli, io, predict
+slabs, read_volume = predict.slabs, io.read_volume
+def slow(*arguments, **choices):
+    for slab in slabs(*arguments, **choices):
+        time.sleep(0.2)
+        yield slab
+def stuck(paths, channels):
+    if paths[0].name == "d.nii.gz":
+        time.sleep(1000)
+    return read_volume(paths, channels)
+predict.slabs, io.read_volume = slow, stuck
+cli.main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    ("moment", "number"), [("on the network", signal.SIGTERM), ("while a file does not come", signal.SIGINT)]
+)
+def test_an_interrupted_batch_ends_in_ten_seconds_with_its_tables(
+    moment: str, number: signal.Signals, tiny_run: RunResult, scans: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["predict", str(scans), "-m", str(tiny_run.package), "-o", str(out), "--engine", "eager"]
+    command = [sys.executable, "-c", SLOW, *arguments, "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    last = "a" if moment == "on the network" else "c"
+    wait_for((out / f"{last}.nii.gz").exists, process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=10)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr.splitlines()[-1].startswith("interrupted: ")
+    with (out / "cases.csv").open(newline="") as file:
+        done = [row["output"] for row in csv.DictReader(file)]
+    assert done == sorted(path.name for path in out.glob("*.nii.gz"))
+    assert last in {name[0] for name in done}
+    run = json.loads((out / "run.json").read_text())
+    assert run["cases"] == {"done": len(done), "kept": 0, "failed": 0, "open": 6 - len(done)}
+    result = medseg_(*arguments, "--device", "cpu")
+    assert result.stdout == f"6 masks in {out} ({len(done)} kept from before), 0 failed\n"
+    assert not list(out.glob(".medseg-tmp-*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no locks of this kind")
+def test_two_processes_share_a_folder_as_shards(tiny_run: RunResult, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["predict", str(scans), "-m", str(tiny_run.package), "-o", str(out), "--engine", "eager"]
+    command = [sys.executable, "-c", SLOW.replace('"d.nii.gz"', "None"), *arguments, "--device", "cpu", "--shard"]
+    processes = [
+        subprocess.Popen([*command, f"{n}/2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for n in (1, 2)
+    ]
+    wait_for(lambda: all((out / f"journal-{n}-of-2.jsonl").exists() for n in (1, 2)), processes[0])
+    alone = medseg_(*arguments)
+    again = medseg_(*arguments, "--shard", "2/2")
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=120)
+        assert (process.returncode, stdout) == (0, f"3 masks in {out} (0 kept from before), 0 failed\n"), stderr
+    for refused in (alone, again):
+        assert refused.exit_code == 2
+        assert "another run is writing here" in refused.stderr
+    assert medseg_(*arguments, "--device", "cpu").stdout == f"6 masks in {out} (6 kept from before), 0 failed\n"
+
+
+def spoilt(content: bytes, kind: int) -> bytes:
+    """An image file with one of five faults."""
+    array = np.asanyarray(nibabel.Nifti1Image.from_bytes(gzip.decompress(content)).dataobj).astype(np.float32)
+    array[0, 0, 0] = np.nan
+    two = np.stack([array, array], axis=-1)
+    made = [nibabel.Nifti1Image(voxels, np.eye(4)).to_bytes() for voxels in (array, two)]
+    return [content[:-40], b"", b"<html>", gzip.compress(made[0]), gzip.compress(made[1])][kind % 5]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_batch_that_is_killed_a_hundred_times_is_as_if_it_never_had_been(
+    tiny_run: RunResult, phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 cases, 10 of them bad. Processes are forked from one that has all modules, so that they begin at once."""
+    images = [path.read_bytes() for path in sorted((phantom_dataset / "imagesTr").iterdir())]
+    (tmp_path / "scans").mkdir()
+    chance = random.Random(0)
+    bad = {f"case_{n:03d}" for n in chance.sample(range(200), 10)}
+    for n in range(200):
+        content = images[n % len(images)]
+        path = tmp_path / "scans" / f"case_{n:03d}.nii.gz"
+        path.write_bytes(spoilt(content, n) if path.name[:8] in bad else content)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["medseg.cli", "medseg.pipeline", "medseg.predict"])
+
+    def begin(out: Path) -> Any:
+        words = ["predict", str(tmp_path / "scans"), "-m", str(tiny_run.package), "-o", str(out), "--quiet"]
+        monkeypatch.setattr(sys, "argv", ["medseg", *words, "--engine", "eager", "--device", "cpu"])
+        process = server.Process(target=cli.main)
+        process.start()
+        return process
+
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    before = time.monotonic()
+    whole = begin(undisturbed)
+    whole.join()
+    seconds = time.monotonic() - before
+    assert whole.exitcode == 3
+    expected = {path.name: path.read_bytes() for path in undisturbed.glob("*.nii.gz")}
+    assert set(expected) == {f"case_{n:03d}.nii.gz" for n in range(200)} - {f"{name}.nii.gz" for name in bad}
+
+    def lines(case: str) -> int:
+        journal = out / "journal.jsonl"
+        return journal.read_text().count(f'"output": "{case}"') if journal.exists() else 0
+
+    seen: dict[str, tuple[int, int, int]] = {}
+    kills = ended = 0
+    while kills < 100:
+        process = begin(out)
+        process.join(chance.uniform(0, 0.06 * seconds))
+        ended += process.exitcode is not None
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        for path in out.glob("*.nii.gz"):
+            assert path.read_bytes() == expected[path.name]  # whole and right, whenever it can be seen
+            now = (path.stat().st_mtime_ns, path.stat().st_ino, lines(path.name))
+            assert seen.setdefault(path.name, now) == now  # and never done again
+        assert ended < 100, "the batch is done before it can be killed"
+    assert len(seen) > 20
+    last = begin(out)
+    last.join()
+    assert last.exitcode == 3
+    assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == expected
+    for name, (modified, inode, count) in seen.items():
+        status = (out / name).stat()
+        assert (status.st_mtime_ns, status.st_ino, lines(name)) == (modified, inode, count)
+    with (out / "cases.csv").open(newline="") as file:
+        rows = {row["case"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 200
+    assert {name for name, row in rows.items() if row["status"] == "failed"} == bad
+    assert all(bool(row["reason"]) == (name in bad) for name, row in rows.items())
     assert not list(out.rglob(".medseg-tmp-*"))
 
 
