@@ -306,6 +306,8 @@ def _painted(plan: Plan) -> NDArray[Any]:
 
 def _largest(logits: Tensor) -> Tensor:
     """Index of the largest of the last axis, the first where several are equal."""
+    if logits.device.type == "cpu":  # numpy takes 0.6 of torch's time for 118 classes, as long for few
+        return torch.from_numpy(logits.numpy().argmax(axis=-1).astype(np.uint8))
     return logits.argmax(dim=-1).to(torch.uint8)
 
 

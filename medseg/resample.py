@@ -12,6 +12,7 @@ only where neighbours differ.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -154,8 +155,9 @@ def resample_labels(indices: Winners, shape: Sequence[int], orders: Orders) -> W
         for n, plane in enumerate(indices)
     )
     result = np.empty(tuple(shape), dtype=np.uint8)
-    for cut in _cuts(planes, indices.shape, shape, orders):
-        result[cut.place] = cut.upright(cut.winners(lambda plane: plane, shares, _largest_share, len(one_hot)))
+    with _one_thread():
+        for cut in _cuts(planes, indices.shape, shape, orders):
+            result[cut.place] = cut.upright(cut.winners(lambda plane: plane, shares, _largest_share, len(one_hot)))
     return result
 
 
@@ -197,7 +199,8 @@ def interpolated(
         for first in range(0, cut.shape[0], many):
             rows = range(first, min(first + many, cut.shape[0]))
             voxels = np.arange(rows.start * cut.shape[1], rows.stop * cut.shape[1])
-            logits = cut.at(voxels, _interpolate).reshape(len(rows), cut.shape[1], -1)
+            with _one_thread():
+                logits = cut.at(voxels, _interpolate).reshape(len(rows), cut.shape[1], -1)
             yield cut.part(rows), logits.unsqueeze(cut.axis)
             del logits
         del cut
@@ -311,13 +314,14 @@ class _Cut:
         ``decide`` says it of planes; ``between`` gives so many ``classes`` where their voxels differ, and
         ``decide_between`` says it of these.
         """
-        agreed = functools.reduce(_agreed, [plane.winners(decide) for plane, _ in self.planes])
-        result = agreed.take(self.rows.low, 0).take(self.columns.low, 1).ravel()
-        mixed = np.flatnonzero(result == MIXED)
-        many = max(1, CACHE_BYTES // (4 * classes))
-        for start in range(0, len(mixed), many):
-            samples = mixed[start : start + many]
-            result[samples] = decide_between(self.at(samples, between)).cpu().numpy()
+        with _one_thread():
+            agreed = functools.reduce(_agreed, [plane.winners(decide) for plane, _ in self.planes])
+            result = agreed.take(self.rows.low, 0).take(self.columns.low, 1).ravel()
+            mixed = np.flatnonzero(result == MIXED)
+            many = max(1, CACHE_BYTES // (4 * classes))
+            for start in range(0, len(mixed), many):
+                samples = mixed[start : start + many]
+                result[samples] = decide_between(self.at(samples, between)).cpu().numpy()
         return result.reshape(self.shape)
 
     def at(self, samples: NDArray[np.int64], between: Between) -> Tensor:
@@ -367,6 +371,21 @@ def _cuts(slabs: Iterable[Slab], plan_shape: Sequence[int], shape: Sequence[int]
         last = planes[slab.stop - 1]
         planes = {slab.stop - 1: replace(last, values=last.values.clone())}  # the slab's memory is used again
         del slab, last, between
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch's work on the processor: it is in pieces of half a millisecond.
+
+    Beside other work on the same cores, two threads that wait for each other at the end of each piece took ten times
+    as long as one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _interpolate(plane: Tensor, voxels: Tensor, weights: Tensor) -> Tensor:
