@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 import pickle
@@ -10,16 +12,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
+from nibabel.orientations import axcodes2ornt, ornt_transform
+from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor, nn
 
 from medseg.errors import InputError, MedsegError, PackageError
 from medseg.interop.nnunet import import_model, network_weights
+from medseg.io import read_mask, read_volume
 from medseg.networks import ResidualUNet, UNet
 from medseg.package import ModelPackage, load_package
 from medseg.plan import Resampling
+from medseg.predict import Predictor, PredictSettings
+from medseg.preprocess import prepare
 
 ANISOTROPIC: dict[str, Any] = {
     "features": (4, 6, 8, 8),
@@ -29,14 +38,14 @@ ANISOTROPIC: dict[str, Any] = {
 ISOTROPIC: dict[str, Any] = {"features": (4, 6, 8), "kernel_sizes": ((3, 3),) * 3, "strides": ((1, 1), (2, 2), (2, 2))}
 
 
-def theirs(kind: str, dims: int, sizes: dict[str, Any], supervised: bool = False) -> nn.Module:
+def theirs(kind: str, dims: int, sizes: dict[str, Any], supervised: bool = False, channels: int = 2) -> nn.Module:
     """A network of nnU-Net with random weights, norms too."""
     reason = "dynamic_network_architectures (nnU-Net's networks) is not installed"
     networks = pytest.importorskip("dynamic_network_architectures.architectures.unet", reason=reason)
     stages = len(sizes["features"])
     convs = {"n_conv_per_stage": 2} if kind == "PlainConvUNet" else {"n_blocks_per_stage": (1, 3, 4, 6)[:stages]}
     network: nn.Module = getattr(networks, kind)(
-        input_channels=2,
+        input_channels=channels,
         n_stages=stages,
         features_per_stage=sizes["features"],
         conv_op=nn.Conv2d if dims == 2 else nn.Conv3d,
@@ -243,7 +252,8 @@ def architecture_of(dims: int = 3, kind: str = "PlainConvUNet", **changes: Any) 
         **changes,
     }
     name = f"dynamic_network_architectures.architectures.unet.{kind}"
-    return {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": ["conv_op", "norm_op"]}
+    named = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    return {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": named}
 
 
 def write_model(
@@ -951,3 +961,146 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     (folder / "dataset.json").unlink()
     with pytest.raises(PackageError, match=r"dataset.json: cannot be read"):
         import_model(folder, tmp_path / "package")
+
+
+# ---- beside nnU-Net itself -------------------------------------------------------------------------------------------
+
+
+def write_image(path: Path, array: NDArray[Any], spacing: Sequence[float], orientation: str = "RAS") -> Path:
+    """An array (I, J, K) of RAS axes, stored in another orientation."""
+    turn = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(orientation))
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([*spacing, 1.0])).as_reoriented(turn), path)
+    return path
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("forward", [[0, 1, 2], [2, 0, 1]])
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient"])
+@pytest.mark.parametrize("stored", ["RAS", "LPI", "SAR", "PIL"])
+def test_the_network_sees_the_axes_of_nnunets_reader(
+    tmp_path: Path, reader: str, forward: list[int], stored: str
+) -> None:
+    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed")
+    package = {"N": "nibabel_reader_writer", "S": "simpleitk_reader_writer"}[reader[0]]
+    known = getattr(importlib.import_module(f"nnunetv2.imageio.{package}"), reader)()
+    array = np.arange(1, 2 * 3 * 4 + 1, dtype=np.int16).reshape(2, 3, 4)
+    path = write_image(tmp_path / "image.nii.gz", array, (1.0, 1.5, 2.0), stored)
+    theirs, _ = known.read_images([str(path)])
+    kept = resampling("no_resampling_hack", data={}, seg={}, probabilities={})
+    made = imported(
+        tmp_path,
+        settings_of(normalization_schemes=["NoNormalization"], **kept),
+        plans={"image_reader_writer": reader, "transpose_forward": forward},
+    )
+    prepared = prepare(read_volume(path), made.plan, made.configuration)
+    assert np.array_equal(prepared.image, theirs.transpose(0, *(axis + 1 for axis in forward)))
+
+
+REGIONS = {
+    "channel_names": {"0": "T1", "1": "T2"},
+    "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3},
+    "regions_class_order": [1, 2, 3],
+}
+SETUPS: dict[str, dict[str, Any]] = {
+    "anisotropic": {
+        "kind": "PlainConvUNet",
+        "sizes": ANISOTROPIC,
+        "settings": {"patch_size": [8, 32, 32], "spacing": [3.0, 0.7, 0.7]},
+        "plans": {"transpose_forward": [1, 0, 2], "transpose_backward": [1, 0, 2]},
+        "image": ((36, 12, 44), (0.8, 3.6, 0.6), "LPI"),
+    },
+    "pictures of slices": {
+        "kind": "PlainConvUNet",
+        "sizes": ISOTROPIC,
+        "settings": {"patch_size": [24, 32], "spacing": [0.9, 0.7]},
+        "image": ((40, 36, 5), (0.8, 0.8, 2.0), "LPS"),
+    },
+    "residual, regions, masked, by torch": {
+        "kind": "ResidualEncoderUNet",
+        "sizes": ISOTROPIC | {"kernel_sizes": [[3] * 3] * 3, "strides": [[1] * 3, [2] * 3, [2] * 3]},
+        "settings": {
+            "patch_size": [24, 24, 16],
+            "spacing": [1.2, 1.0, 1.4],
+            "normalization_schemes": ["ZScoreNormalization"] * 2,
+            "use_mask_for_norm": [True] * 2,
+            **resampling("resample_torch_fornnunet", data=TORCH, seg=TORCH | {"is_seg": True}, probabilities=TORCH),
+        },
+        "dataset": REGIONS,
+        "image": ((30, 34, 22), (1.0, 1.0, 1.0), "RAS"),
+    },
+}
+
+
+def blurring(network: nn.Module) -> dict[str, Tensor]:
+    """Random weights whose masks have regions rather than noise: every kernel is a box."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in network.modules():
+            if not isinstance(module, nn.Conv2d | nn.Conv3d):
+                continue
+            if max(module.kernel_size) > 1:
+                flat = module.weight.mean(dim=tuple(range(2, module.weight.ndim)), keepdim=True)
+                module.weight.copy_(flat * module.weight[0, 0].numel() ** 0.5)
+            elif module.bias is not None:  # a head: no class is above the others everywhere
+                module.weight -= module.weight.mean(dim=1, keepdim=True)
+                module.bias.zero_()
+    return network.state_dict()
+
+
+def phantom(folder: Path, shape: tuple[int, ...], spacing: Sequence[float], stored: str, channels: int) -> list[Path]:
+    """Smooth noise within an ellipsoid, which has a hole; 0 around it and in it."""
+    inside = sum((2 * n / (size - 1) - 1) ** 2 for n, size in zip(np.indices(shape), shape, strict=True)) < 1.3
+    inside[tuple(slice(n // 2 - 1, n // 2 + 1) for n in shape)] = False
+    generator = np.random.default_rng(0)
+    paths = []
+    for channel in range(channels):
+        noise = ndimage.gaussian_filter(generator.normal(size=shape), [1.5 / mm for mm in spacing])
+        values = np.where(inside, 500 + 100 * noise / noise.std(), 0).astype(np.int16)
+        paths.append(write_image(folder / f"case_{channel:04d}.nii.gz", values, spacing, stored))
+    return paths
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_masks_of_nnunets_predictor(
+    tmp_path: Path, setup: dict[str, Any], mirror: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnU-Net sums logits and rounds weights of tiles in half precision; here in full, so that only ties are left."""
+    module = pytest.importorskip("nnunetv2.inference.predict_from_raw_data", reason="nnunetv2 is not installed")
+    dims, channels = len(setup["settings"]["patch_size"]), 2 if "dataset" in setup else 1
+    network = theirs(setup["kind"], dims, setup["sizes"], channels=channels)
+    convs = {"n_conv_per_stage": [2] * len(setup["sizes"]["features"]), "n_conv_per_stage_decoder": 2}
+    if setup["kind"] == "ResidualEncoderUNet":
+        convs = {"n_blocks_per_stage": [1, 3, 4], "n_conv_per_stage_decoder": 1}
+    body = architecture_of(dims, setup["kind"], n_stages=len(setup["sizes"]["features"]))
+    del body["arch_kwargs"]["n_conv_per_stage"]
+    body["arch_kwargs"] |= {"features_per_stage": setup["sizes"]["features"], **convs}
+    body["arch_kwargs"] |= {name: setup["sizes"][name] for name in ("kernel_sizes", "strides")}
+    intensities = {"foreground_intensity_properties_per_channel": {"0": INTENSITIES, "1": INTENSITIES}}
+    folder = write_model(
+        tmp_path / "model",
+        settings_of(dims, architecture=body, **setup["settings"]),
+        plans=intensities | setup.get("plans", {}),
+        dataset=setup.get("dataset"),
+        configuration="2d" if dims == 2 else "3d_fullres",
+        state=blurring(network),
+    )
+    shape, spacing, stored = setup["image"]
+    paths = phantom(tmp_path, shape, spacing, stored, channels)
+    precise = functools.partial(module.compute_gaussian, dtype=torch.float32)
+    precise.cache_clear = module.compute_gaussian.cache_clear  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "compute_gaussian", precise)
+    predictor = module.nnUNetPredictor(use_mirroring=mirror, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder), (0,), "checkpoint_final.pth")
+    with monkeypatch.context() as context:
+        context.setattr(torch, "half", torch.float32)
+        predictor.predict_from_files_sequential([list(map(str, paths))], [str(tmp_path / "known")])
+    import_model(folder, tmp_path / "package")
+    settings = PredictSettings(device="cpu", engine="eager", mirror=mirror)
+    mask = Predictor(load_package(tmp_path / "package"), settings)(paths if channels > 1 else paths[0])
+    known = read_mask(tmp_path / "known.nii.gz")
+    assert np.unique(known.array, return_counts=True)[1].max() < 0.95 * known.array.size
+    assert (mask.array != known.array).sum() <= 1e-4 * mask.array.size
+    assert np.allclose(mask.geometry.affine, known.geometry.affine, atol=1e-5)
