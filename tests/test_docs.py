@@ -1,12 +1,14 @@
 """Every command that the documents and the help texts show exists and can be called so; the documents' are run.
 
 Commands run in a folder of their own, on phantoms in place of the data they name and with a network of a few steps.
-Python is run the same way. What would download or takes minutes (``medseg demo``) is read only.
+Python is run the same way. A script for an array of Slurm runs once for each of its jobs, with the variables that Slurm
+sets. What would download or takes minutes (``medseg demo``), and containers, are read only.
 """
 
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import runpy
 import shlex
@@ -35,7 +37,9 @@ DOCUMENTS = sorted(
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(medseg [^`\n]+)`")
 SHELLS = ("", "bash", "sh", "console", "shell")
-IMAGE = re.compile(r"medseg:(?:cpu|cuda)$")
+IMAGE = re.compile(r"medseg(?::cpu|:cuda|\.sif)$")
+CONTAINERS = ("docker", "apptainer")
+ARRAY = re.compile(r"^#SBATCH --array=(\d+)-(\d+)$", re.MULTILINE)
 MINUTES = ("demo",)
 READ_ONLY = ("experiments.md",)
 USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -52,7 +56,7 @@ def shown_commands(text: str) -> list[str]:
         if language in SHELLS:
             lines = block.replace("\\\n", " ").splitlines()
             parts = [part.strip().removeprefix("$ ") for line in lines for part in line.split("&&")]
-            found += [part for part in parts if re.match(r"medseg |python pipelines/|docker run ", part)]
+            found += [part for part in parts if re.match(r"medseg |python pipelines/|(docker|apptainer) run ", part)]
     return found
 
 
@@ -64,7 +68,7 @@ def parse(line: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
         FileNotFoundError: no such script.
     """
     words = shlex.split(line, comments=True)
-    if words[0] == "docker":  # what stands behind the image's name
+    if words[0] in CONTAINERS:  # what stands behind the image's name
         words = ["medseg", *words[next(n for n, word in enumerate(words) if IMAGE.search(word)) + 1 :]]
     if words[0] == "python":
         script = runpy.run_path(str(ROOT / words[1]))
@@ -104,7 +108,7 @@ def mentions() -> Iterator[str]:
         yield from INLINE.findall(FENCED.sub("", text_of(path)))
     group: Any = get_command(cli.app)
     for command in (group, *group.commands.values()):
-        yield from re.findall(r"^  (medseg .*)$", command.epilog, re.MULTILINE)
+        yield from re.findall(r"^  (medseg .*)$", re.sub(r"\\\n\s*", "", command.epilog), re.MULTILINE)
 
 
 @pytest.mark.parametrize("line", sorted(set(mentions())))
@@ -127,6 +131,7 @@ def test_a_mentioned_command_exists_and_one_with_arguments_can_be_called_so(line
         "python pipelines/task04_hippocampus.py data --mirror",
         "python pipelines/task99_elbow.py data",
         "docker run --rm -v a:b medseg:cpu predict /input --model",
+        "apptainer run --bind a:b medseg.sif segment /input",
     ],
 )
 def test_a_command_that_does_not_exist_would_be_found(line: str) -> None:
@@ -158,29 +163,38 @@ class Sandbox:
         if path.exists() or path.is_absolute():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "package":
-            shutil.copytree(self.made.package, path)
-        elif kind == "masks":
-            shutil.copytree(self.dataset / "labelsTr", path)
-        elif kind == "nuclei":
-            nuclei(path.parent)
-        elif kind == "planned":
-            path.mkdir()
-            shutil.copy(self.made.out / "plan.json", path)
+        makers: dict[str, Callable[[Path], object]] = {
+            "package": lambda folder: shutil.copytree(self.made.package, folder),
+            "masks": lambda folder: shutil.copytree(self.dataset / "labelsTr", folder),
+            "nuclei": lambda folder: nuclei(folder.parent),
+            "planned": self._write_plan,
+            "model folder": write_model_folder,
+        }
+        if kind in makers:
+            makers[kind](path)
         elif is_picture(path):
             save_picture(path, picture(0)[0])
         elif suffix_of(path):
             shutil.copy(self.dataset / "imagesTs" / "phantom_007.nii.gz", path)
+        elif path.suffix == ".csv":
+            self.provide("images", path.with_name("listed.nii.gz"))
+            path.write_text("case,image\nfirst,listed.nii.gz\n", encoding="utf-8")
         elif kind == "images":
             shutil.copytree(self.dataset / "imagesTs", path)
         else:
             shutil.copytree(self.dataset, path.parent if path.name == "dataset.json" else path, dirs_exist_ok=True)
 
+    def _write_plan(self, folder: Path) -> None:
+        folder.mkdir()
+        shutil.copy(self.made.out / "plan.json", folder)
+
     def provide_arguments(self, name: str, arguments: dict[str, Any]) -> None:
         """Put there what a command reads."""
         kinds = {"dataset": "dataset", "model": "package", "predictions": "masks", "references": "masks"}
-        kinds["folder"] = "nuclei"  # of the script for nuclei
-        kinds["images"] = "images" if not str(arguments.get("images", "")).endswith(".json") else "dataset"
+        kinds |= {"package": "package", "previous": "model folder"}
+        kinds["folder"] = "model folder" if name == "import_nnunet" else "nuclei"
+        for image in arguments.get("images", ()):
+            self.provide("dataset" if image.endswith(".json") else "images", Path(image.replace("*", "patient")))
         if "Task" in str(arguments.get("references", "")):
             kinds["references"] = "dataset"
         if name == "train":
@@ -200,6 +214,22 @@ class Sandbox:
                     self.provide("images", path)
                 elif path.name.startswith("Task"):
                     self.provide("dataset", path)
+
+
+def write_model_folder(path: Path) -> None:
+    """A model folder of nnU-Net, of the configuration that its name ends in, with random weights."""
+    made = runpy.run_path(str(ROOT / "benchmarks" / "nnunet_folder.py"))
+    plan = made["plan_of"](6, (4, 8), (16, 16, 8), (1.0, 1.0, 1.0))  # labels 1 to 5: the phantoms' are among them
+    full = plan.configuration("3d_fullres")
+    low = full.model_copy(update={"spacing_mm": (2.0, 2.0, 2.0)})
+    configurations = {
+        "3d_fullres": full,
+        "3d_lowres": low,
+        "3d_cascade_fullres": full.model_copy(update={"previous": "3d_lowres"}),
+    }
+    plan = plan.model_copy(update={"configurations": configurations})
+    name = path.name.rsplit("__", 1)[1]
+    made["write_model_folder"](path, plan, name, {0: made["random_weights"](plan, name)})
 
 
 @pytest.fixture
@@ -248,13 +278,23 @@ def sandbox(
     return box
 
 
-def pieces(text: str) -> Iterator[tuple[str, str]]:
-    """Commands and pieces of Python of a document, in order."""
+def jobs_of(block: str) -> list[dict[str, str]]:
+    """The variables that Slurm sets for each job of the array that a script asks for; else one job without any."""
+    if not (array := ARRAY.search(block)):
+        return [{}]
+    first, last = int(array[1]), int(array[2])
+    same = {"MIN": first, "MAX": last, "STEP": 1, "COUNT": last - first + 1}
+    numbers = [{"ID": job, **same} for job in range(first, last + 1)]
+    return [{f"SLURM_ARRAY_TASK_{name}": str(n) for name, n in job.items()} for job in numbers]
+
+
+def pieces(text: str) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Commands, with the variables of their environment, and pieces of Python of a document, in order."""
     for match in FENCED.finditer(text):
         if match[1] == "python":
-            yield "python", match[2]
+            yield "python", match[2], {}
         else:
-            yield from (("shell", line) for line in shown_commands(match[0]))
+            yield from (("shell", line, job) for job in jobs_of(match[2]) for line in shown_commands(match[0]))
 
 
 def exit_code(function: Callable[..., Any], arguments: dict[str, Any]) -> int:
@@ -268,19 +308,41 @@ def exit_code(function: Callable[..., Any], arguments: dict[str, Any]) -> int:
 RUN = [path for path in DOCUMENTS if path.name not in READ_ONLY and list(pieces(text_of(path)))]
 
 
-@pytest.mark.parametrize("path", RUN, ids=str)
-def test_what_a_document_shows_runs_from_top_to_bottom(path: Path, sandbox: Sandbox) -> None:
+def run_from_top_to_bottom(path: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {"__name__": "shown"}
-    for kind, piece in pieces(text_of(path)):
+    for kind, piece, variables in pieces(text_of(path)):
         if kind == "python":
             sandbox.provide_names(piece)
             exec(compile(piece, f"{path.name}: {piece.splitlines()[0]}", "exec"), names)
-        elif not piece.startswith("docker") and (parsed := parse(piece)):
+        elif not piece.startswith(CONTAINERS) and (parsed := parse(piece)):
             function, arguments = parsed
             if function.__name__ in MINUTES:
                 continue
             sandbox.provide_arguments(function.__name__, arguments)
-            assert exit_code(function, arguments) in (0, 3), piece
+            with monkeypatch.context() as patch:
+                for name, value in variables.items():
+                    patch.setenv(name, value)
+                assert exit_code(function, arguments) == 0, piece
+
+
+@pytest.mark.parametrize("path", RUN, ids=str)
+def test_what_a_document_shows_runs_from_top_to_bottom(
+    path: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_from_top_to_bottom(path, sandbox, monkeypatch)
+
+
+def test_the_jobs_of_an_array_share_the_cases(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_from_top_to_bottom(Path("docs/how-to/on-a-cluster.md"), sandbox, monkeypatch)
+
+    def states(table: Path) -> dict[str, str]:
+        with table.open(encoding="utf-8", newline="") as file:
+            return {row["case"]: row["status"] for row in csv.DictReader(file)}
+
+    shards = [states(table) for table in sorted(Path("masks").glob("cases-*-of-4.csv"))]
+    assert len(shards) == 4
+    assert [state for shard in shards for state in shard.values()] == ["done", "done"]
+    assert states(Path("masks/cases.csv")) == {case: "kept" for shard in shards for case in shard}
 
 
 def test_python_that_does_not_run_would_be_found(sandbox: Sandbox) -> None:
