@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import safetensors.torch
 from numpy.typing import NDArray
 
 from medseg import io
 from medseg.errors import DatasetError, InputError
 from medseg.evaluate import Evaluation
 from medseg.io import nifti
-from medseg.package import ModelPackage, load_package, save_package, zip_package
+from medseg.package import ModelPackage, load_package, write_package, zip_package
 from medseg.pipeline import run, writing_to
 from medseg.plan import ConfigurationName, Plan
 from medseg.predict import Predictor, PredictSettings
@@ -179,10 +178,10 @@ class Segmenter:
         """
         package, path = self.package, Path(path)
         if path.suffix.lower() != ".zip":
-            _write_package(package, path)
+            write_package(package, path)
             return
         with _folder(None) as folder:
-            _write_package(package, folder)
+            write_package(package, folder)
             zip_package(folder, path)
 
     @classmethod
@@ -426,12 +425,3 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 
 def _unusable(found: str) -> DatasetError:
     return DatasetError("images and masks", found, "", "correct them, or leave them out")
-
-
-def _write_package(package: ModelPackage, folder: Path) -> None:
-    """Write a package that is in memory."""
-    manifest = package.manifest
-    weights = {fold: safetensors.torch.save(dict(tensors)) for fold, tensors in package.weights.items()}
-    save_package(
-        folder, manifest.name, package.plan, manifest.configuration, manifest.folds, weights, manifest.versions
-    )
