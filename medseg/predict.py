@@ -57,7 +57,7 @@ TABLE_SECONDS = 30.0
 PATIENCE_SECONDS = 5.0
 """An interrupted batch waits so long for the mask that is being written."""
 _MB = 2**20
-_CHUNKS_MB = 128.0
+_CHUNKS_MB = 64.0
 """What is read, resampled or decided at a time, and what is left of memory that was freed in pieces."""
 _COMPRESSED = 20
 """Times that an image in memory may be larger than its file, where the header is not looked at."""
@@ -256,8 +256,10 @@ class Predictor:
         body = 5 * native if any(rule.nonzero_only for rule in plan.normalisation) else 0
         straight = source.array.nbytes if source.geometry.is_sheared and plan.orientation != "stored" else 0
         patch = math.prod(setup.patch_size)
-        # at its widest a U-Net holds about eight arrays of its first stage: those joined, normalised and convolved
-        tile = 4 * patch * (8 * setup.network.features[0] + 3 * plan.outputs)
+        # arrays of its first stage that a U-Net holds at its widest: measured; and the logits of a tile, and their sum
+        arrays = 5 if self.engine.startswith("openvino") else 10
+        logits = 4 if self.settings.mirror or len(self.package.weights) > 1 else 2
+        tile = 4 * patch * (arrays * setup.network.features[0] + logits * plan.outputs)
         buffer = buffer_bytes(grid, setup.patch_size, plan.outputs, strategy.blocks)
         # two planes of logits wait for the next slab
         buffer += 8 * plan.outputs * math.prod(grid) // max(grid) // strategy.blocks

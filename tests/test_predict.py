@@ -764,7 +764,7 @@ def test_of_a_group_only_the_largest_piece_is_kept(package: ModelPackage) -> Non
 def limited(package: ModelPackage, monkeypatch: pytest.MonkeyPatch, limit_mb: float) -> Predictor:
     """A predictor that takes 100 MB at rest, and nothing for chunks."""
     monkeypatch.setattr(predict, "_CHUNKS_MB", 0.0)
-    model = Predictor(package, PredictSettings(device="cpu", memory_limit_mb=limit_mb))
+    model = Predictor(package, PredictSettings(device="cpu", engine="eager", memory_limit_mb=limit_mb))
     model._baseline = 100.0
     return model
 
@@ -779,7 +779,7 @@ def test_memory_is_estimated_beforehand(package: ModelPackage, monkeypatch: pyte
     prepared, native = 4 * 100 * 200 * 300, 200 * 300 * 50
     assert whole.preparing == pytest.approx((2 * native + prepared) / 2**20)
     patch = 8 * 16 * 16
-    tile = 4 * patch * (8 * 8 + 3 * 3)
+    tile = 4 * patch * (10 * 8 + 2 * 3)
     buffer = buffer_bytes((100, 200, 300), (8, 16, 16), 3)
     planes = 2 * 4 * 3 * 100 * 200
     assert whole.network == pytest.approx((prepared + native + tile + buffer + planes) / 2**20)
