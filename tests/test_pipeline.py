@@ -81,7 +81,7 @@ def calls(quick_curve: None, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(train, "_loop")
     count(pipeline, "save_curve")
     count(pipeline, "evaluate_cases")
-    count(pipeline.Predictor, "segment")
+    count(pipeline.Predictor, "infer")
     return counted
 
 
@@ -224,10 +224,10 @@ def test_a_second_run_skips_everything(
 @pytest.mark.parametrize(
     ("change", "redone"),
     [
-        ({"train": TrainSettings(iterations=4, device="cpu", seed=1)}, {**TRAINED, "segment": 2, "evaluate_cases": 1}),
-        ({"more": ("plan.learning_rate=0.001",)}, {**TRAINED, "segment": 2, "evaluate_cases": 1}),
-        ({"more": ("plan.spacing_mm=[3,1.2,1.2]",)}, {"prepare": 6, **TRAINED, "segment": 2, "evaluate_cases": 1}),
-        ({"mirror": True}, {"segment": 2, "evaluate_cases": 1}),
+        ({"train": TrainSettings(iterations=4, device="cpu", seed=1)}, {**TRAINED, "infer": 2, "evaluate_cases": 1}),
+        ({"more": ("plan.learning_rate=0.001",)}, {**TRAINED, "infer": 2, "evaluate_cases": 1}),
+        ({"more": ("plan.spacing_mm=[3,1.2,1.2]",)}, {"prepare": 6, **TRAINED, "infer": 2, "evaluate_cases": 1}),
+        ({"mirror": True}, {"infer": 2, "evaluate_cases": 1}),
         ({"tolerance_mm": 2.0}, {"evaluate_cases": 1}),
         ({"regions": {"all": (1, 5)}}, {"evaluate_cases": 1}),
     ],
@@ -256,7 +256,7 @@ def test_one_changed_label(
     array[array == 5] = 1
     nib.save(nib.Nifti1Image(array, image.affine, image.header), path)
     run(copy, done, train=SETTINGS, overrides=tiny_overrides)
-    assert calls == {"check": 1, "measure": 1, "prepare": 1, **TRAINED, "segment": 2, "evaluate_cases": 1}
+    assert calls == {"check": 1, "measure": 1, "prepare": 1, **TRAINED, "infer": 2, "evaluate_cases": 1}
 
 
 def test_a_changed_test_image_is_checked(
@@ -288,14 +288,14 @@ def test_a_failed_prediction_is_not_replaced_by_an_older_mask(
     mask = done / "predictions" / "fold_0" / f"{case}.nii.gz"
     assert mask.exists()
     mask.write_bytes(mask.read_bytes()[:-9])  # neither as it was written nor whole
-    original = pipeline.Predictor.__call__
+    original = pipeline.Predictor.infer
 
-    def fails(self: Any, image: Any) -> Any:
-        if case in str(image):
+    def fails(self: Any, ready: Any, *arguments: Any, **choices: Any) -> Any:
+        if case in str(ready.source.paths):
             raise RuntimeError("out of memory")
-        return original(self, image)
+        return original(self, ready, *arguments, **choices)
 
-    monkeypatch.setattr(pipeline.Predictor, "__call__", fails)
+    monkeypatch.setattr(pipeline.Predictor, "infer", fails)
     result = run(phantom_dataset, done, train=SETTINGS.model_copy(update={"seed": 3}), overrides=tiny_overrides)
     assert not mask.exists()
     assert list(result.evaluation.failed) == [case]
@@ -454,7 +454,7 @@ def test_an_interrupted_run_goes_on(
         run(phantom_dataset, tmp_path, train=SETTINGS, overrides=tiny_overrides, progress=stop)
     calls.clear()
     result = run(phantom_dataset, tmp_path, train=SETTINGS, overrides=tiny_overrides)
-    assert calls == {**TRAINED, "segment": 2, "evaluate_cases": 1}
+    assert calls == {**TRAINED, "infer": 2, "evaluate_cases": 1}
     assert results(tmp_path) == results(tiny_run.out)
     assert result.evaluation == tiny_run.evaluation
 
