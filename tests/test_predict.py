@@ -41,6 +41,7 @@ from medseg.phantom import make_case
 from medseg.pipeline import RunResult
 from medseg.postprocess import keep_largest
 from medseg.predict import Predictor, PredictSettings, Strategy, load, predict_cases, predict_folder
+from medseg.preprocess import prepare, restore
 from medseg.sliding_window import buffer_bytes, slabs
 from medseg.volume import Labels, Volume
 
@@ -756,6 +757,31 @@ def test_of_a_group_only_the_largest_piece_is_kept(package: ModelPackage) -> Non
     kept = untrained(package, keep_largest=((1,),))(image).array
     np.testing.assert_array_equal(kept, keep_largest(plain, [(1,)]))
     assert (kept != plain).any()
+
+
+def test_a_cascade_shows_the_mask_of_its_first_model_to_the_second(
+    package: ModelPackage, images: Path, tmp_path: Path
+) -> None:
+    name = package.manifest.configuration
+    setup = package.configuration.model_copy(update={"previous": name})
+    plan = package.plan.model_copy(update={"configurations": {"3d_cascade_fullres": setup}})
+    torch.manual_seed(0)
+    weights = build_network(setup, plan.inputs(setup), plan.outputs).state_dict()
+    manifest = package.manifest.model_copy(update={"configuration": "3d_cascade_fullres"})
+    model = Predictor(
+        replace(package, manifest=manifest, plan=plan, weights={0: weights}, previous=package),
+        PredictSettings(device="cpu", engine="eager"),
+    )
+    volume = io.volume_of((voxels(), affine_of("oblique")))
+    first = Predictor(package, model.settings).segment(volume)
+    ready = prepare(volume, plan, setup, previous=first)
+    assert ready.image.shape[0] == 3
+    assert ready.image[1:].any()
+    (network,) = model.package.networks()
+    expected = restore(slabs([network], ready.image, setup.patch_size), ready.trace, plan)
+    np.testing.assert_array_equal(model.segment(volume).array, expected)
+    results = predict_cases(model, find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "done", "b": "done"}
 
 
 # Memory
