@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from medseg.errors import TrainingError
+from medseg.errors import InputError
 from medseg.resample import Slab
 
 Network = Callable[[Tensor], Tensor]
 Span = tuple[int, int]
 Three = tuple[int, int, int]
+
+# Of torch on Linux, on Windows, and where no allocator of its own stands between; of ONNX Runtime (bfc_arena.cc); of
+# OpenVINO (cpu_memory.cpp); and of C++ on Linux and on Windows, which both of them hand on
+_TOO_LITTLE_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|Failed to allocate (memory for requested buffer|\d+ bytes of memory)|std::bad_alloc|\bbad allocation"
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,9 @@ class Tiling:
     Attributes:
         shape: voxels of the volume.
         patch: voxels of a tile.
-        starts: of the tiles along each axis, rising, without gaps; where the volume is smaller than a tile: one, not
-            above 0.
+        starts: of the tiles along each axis, rising, without gaps: each at most a tile after the one before, the last
+            at most a tile before the end. So what lies between two starts is never deeper than a tile, or the buffer.
+            Where the volume is smaller than a tile: one, not above 0.
         weight: float32 (*patch), above 0: of each voxel of a tile.
         padding: mode and value by which ``torch.nn.functional.pad`` fills what a tile has beyond the volume.
     """
@@ -79,7 +88,8 @@ def slabs(
         Slabs that cover (D, H, W).
 
     Raises:
-        TrainingError: a network gives values that are not finite, of which a mask would be silently empty.
+        InputError: logits that are not finite, of which a mask would be silently empty: of such an image, of such
+            weights, or of half precision.
         torch.OutOfMemoryError: the device is too small, see ``is_out_of_memory``. What was handed out is of no use
             then; begin anew with ``on_device=False`` or more blocks.
     """
@@ -186,9 +196,9 @@ def is_out_of_memory(failure: BaseException) -> bool:
     """Whether an exception says that a device or the host has too little memory, and nothing else."""
     if isinstance(failure, torch.OutOfMemoryError | MemoryError):
         return True
-    # What torch raises where no allocator of its own stands between, and that of the host
-    known = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(failure, RuntimeError) and any(text in str(failure) for text in known)
+    # ONNX Runtime's own exceptions are no RuntimeErrors
+    foreign = isinstance(failure, RuntimeError) or type(failure).__module__.startswith("onnxruntime.")
+    return foreign and _TOO_LITTLE_MEMORY.search(str(failure)) is not None
 
 
 class _Tiles:
@@ -298,12 +308,16 @@ class _Buffer:
         """The first planes, divided by their weights.
 
         Raises:
-            TrainingError: they are not finite.
+            InputError: they are not finite.
         """
         first, end = self._window[self._order[1]]
         done = self._total[:planes, : end - first].div_(self._mass[:planes, : end - first, :, None])
         if not done.sum().isfinite():
-            raise TrainingError("network", "gives logits that are not finite", "finite logits", "predict in float32")
+            remedy = (
+                "look for NaN and infinite values in the image and in the weights; "
+                "where there are none, half precision may be too narrow: predict with precision 32"
+            )
+            raise InputError("prediction", "the network gives logits that are not finite", "finite logits", remedy)
         return done
 
 
@@ -312,7 +326,7 @@ def _single_value(tile: Tensor) -> list[float] | None:
     values = []
     for channel in tile:
         low, high = (float(bound) for bound in channel.aminmax())
-        if not high - low <= 1e-6 * max(abs(low), abs(high)):  # not so for NaN either
+        if not math.isfinite(high - low) or high - low > 1e-6 * max(abs(low), abs(high)):
             return None
         fraction, exponent = math.frexp((low + high) / 2)
         values.append(math.ldexp(round(fraction * 2**20), exponent - 20))

@@ -17,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from medseg.errors import TrainingError
+from medseg.errors import InputError
 from medseg.resample import resample_image
 from medseg.sliding_window import (
     Network,
@@ -263,8 +263,17 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
     def network(batch: Tensor) -> Tensor:
         return torch.where(batch > 2, value, batch)
 
-    with pytest.raises(TrainingError, match="not finite"):
+    with pytest.raises(InputError, match="not finite"):
         joined([network], np.full((1, 4, 4, 4), 3, dtype=np.float32), (4, 4, 4))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_image_that_is_not_finite_is_refused(value: float) -> None:
+    """Named as a cause, beside the weights and half precision."""
+    image = image_of((9, 4, 4))
+    image[0, 5, 2, 2] = value
+    with pytest.raises(InputError, match=r"not finite .* NaN .* in the image and in the weights; .*precision 32"):
+        joined([convolution(0)], image, (4, 4, 4))
 
 
 def test_a_network_is_needed() -> None:
@@ -418,7 +427,7 @@ def test_the_image_is_not_written_to() -> None:
 
 
 def test_too_little_memory_is_handed_on_and_a_second_try_is_whole() -> None:
-    """A device that is too small for logits of more than five rows: nothing is caught, nothing is left behind."""
+    """A device that is too small for two tiles at once: nothing is caught, nothing is left behind."""
     image = image_of((9, 10, 4))
 
     def network(batch: Tensor) -> Tensor:
@@ -438,6 +447,69 @@ def test_what_is_too_little_memory() -> None:
     assert is_out_of_memory(failure.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    assert not is_out_of_memory(ValueError("out of memory"))
+    assert not is_out_of_memory(ValueError("std::bad_alloc"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 95551488 bytes. Error code 12 (Cannot allocate memory)",
+        "[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Exception from src/inference/src/dev/plugin.cpp:54:\nCheck 'ptr' failed at src/plugins/intel_cpu/src/"
+        "cpu_memory.cpp:257:\nFailed to allocate 113246208 bytes of memory\n\n",
+        "Exception from src/core/src/runtime/allocator.cpp:79:\nstd::bad_alloc\n",
+        "Exception from src\\core\\src\\runtime\\allocator.cpp:79:\nbad allocation\n",
+    ],
+)
+def test_texts_of_too_little_memory(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(InputError("--engine", text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "DefaultCPUAllocator: invalid alignment of memory",
+        "Failed to allocate a name for the memory-mapped file",
+        "Exception from src/inference/src/dev/plugin.cpp:54:\n"
+        "could not construct a memory descriptor using a format tag",
+    ],
+)
+def test_texts_that_only_speak_of_memory(text: str) -> None:
+    assert not is_out_of_memory(RuntimeError(text))
+
+
+def test_too_little_memory_for_onnx_runtime() -> None:
+    """Its exceptions are no RuntimeErrors; one of another reason is not taken for it."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    kinds, value = onnx.TensorProto, onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Expand", ["x", "shape"], ["y"])],
+        "as often as it is told",
+        [value("x", kinds.FLOAT, [1]), value("shape", kinds.INT64, [1])],
+        [value("y", kinds.FLOAT, [None])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    shape = np.array([10**15])
+    with pytest.raises(Exception, match="Failed to allocate") as failure:
+        session.run(None, {"x": np.ones(1, np.float32), "shape": shape})
+    assert is_out_of_memory(failure.value)
+    with pytest.raises(Exception, match="invalid dimensions") as failure:
+        session.run(None, {"x": np.ones(2, np.float32), "shape": shape})
+    assert not is_out_of_memory(failure.value)
+
+
+def test_too_little_memory_for_openvino() -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    with pytest.raises(RuntimeError) as failure:
+        openvino.Tensor(openvino.Type.f32, [10**15])
+    assert is_out_of_memory(failure.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from monai.data.meta_tensor import MetaTensor
@@ -15,8 +15,6 @@ from torch import Tensor
 from medseg.errors import InputError
 from medseg.resample import Slab
 from medseg.sliding_window import Network, Tiling, as_slices, roll, rolling_axis, three_axes
-
-tqdm, _ = optional_import("tqdm", name="tqdm")
 
 
 class SlabInferer(Inferer):
@@ -50,7 +48,7 @@ class SlabInferer(Inferer):
         padding_mode, cval: of ``torch.nn.functional.pad``, for images smaller than a tile.
         sw_device: where the network is; that of the inputs where None.
         device: where sums and result are; that of the inputs where None.
-        progress: show slabs by ``tqdm``, where that is installed.
+        progress: show slabs by ``tqdm``, which must be installed.
         cpu_thresh: sums and result of images of more voxels are on the CPU, where ``device`` is None.
         cache_roi_weight_map, buffer_steps, buffer_dim: MONAI's ways to save time or memory; without effect here.
         with_coord: must be False.
@@ -87,7 +85,7 @@ class SlabInferer(Inferer):
         self.mode, self.sigma_scale = BlendMode(mode), sigma_scale
         self.padding = (look_up_option(padding_mode, PytorchPadMode).value, cval)
         self.sw_device, self.device, self.cpu_thresh = sw_device, device, cpu_thresh
-        self.progress, self.argmax = progress, argmax
+        self.argmax, self._shown = argmax, _bar() if progress else iter
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run a network over images.
@@ -103,8 +101,7 @@ class SlabInferer(Inferer):
 
         Raises:
             InputError: inputs of other axes than the tile; a network that gives something else; more than 256 classes
-                for ``argmax``.
-            TrainingError: logits that are not finite.
+                for ``argmax``; logits that are not finite.
         """
         store = torch.device(kwargs.pop("device", self.device) or self._store(inputs))
         for name in ("buffer_steps", "buffer_dim"):
@@ -155,7 +152,7 @@ class SlabInferer(Inferer):
                 batch_size=self.sw_batch_size,
             )
         )
-        yield from tqdm(pairs) if self.progress else pairs
+        yield from self._shown(pairs)
 
     def _tiling(self, shape: Sequence[int]) -> Tiling:
         """Tiles as MONAI lays them: in equal steps from 0 on, the last one moved back to the end."""
@@ -182,6 +179,13 @@ class SlabInferer(Inferer):
         if logits.shape[-1] > 256:
             raise InputError("network", f"gives {logits.shape[-1]} classes", "at most 256 for argmax")
         return logits.argmax(dim=-1, keepdim=True).to(torch.uint8)
+
+
+def _bar() -> Callable[[Iterator[Any]], Iterator[Any]]:
+    bar, found = optional_import("tqdm", name="tqdm")
+    if not found:
+        raise InputError("progress", "True, but tqdm is not installed", "tqdm", "install it: pip install tqdm")
+    return cast("Callable[[Iterator[Any]], Iterator[Any]]", bar)
 
 
 def _checked(network: Callable[[Tensor], Any]) -> Network:

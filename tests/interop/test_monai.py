@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import gc
+import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +18,8 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medseg.errors import InputError, TrainingError
+from medseg.errors import InputError
 from medseg.interop import SlabInferer
-from medseg.interop import monai as room
 
 
 def convolution(batch: Tensor) -> Tensor:
@@ -148,31 +150,38 @@ def test_a_tile_of_one_value_is_computed_once() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_mask_needs_no_logits_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest array of a mask is the buffer of a tile's depth: here a tenth of the logits."""
-    sizes = []
-    plain = torch.empty
+def alive() -> dict[int, int]:
+    """Bytes of each piece of memory that some tensor lies in."""
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
-    def counting(*args: Any, **more: Any) -> Tensor:
-        made: Tensor = plain(*args, **more)
-        sizes.append(made.numel() * made.element_size())
-        return made
 
-    monkeypatch.setattr(torch, "empty", counting)
-    held = []
+@pytest.mark.parametrize("argmax", [False, True])
+def test_a_mask_needs_no_logits_of_the_image(argmax: bool) -> None:
+    """All tensors that there are while a network runs, beside those of before: for a mask, far less than the logits."""
+    inputs = images(1, 1, 40, 8, 8)
+    before, most = alive(), 0
 
     def network(batch: Tensor) -> Tensor:
-        held.append(batch.shape)
+        nonlocal most
+        most = max(most, sum(size for place, size in alive().items() if place not in before))
         return torch.cat([batch] * 5, dim=1)
 
-    mask = SlabInferer((4, 8, 8), overlap=0.5, argmax=True)(images(1, 1, 40, 8, 8), network)
-    assert mask.shape == (1, 1, 40, 8, 8)
-    assert max(sizes) == 40 * 8 * 8  # the mask itself
+    found = SlabInferer((4, 8, 8), overlap=0, argmax=argmax)(inputs, network)
+    assert found.shape == (1, 1 if argmax else 5, 40, 8, 8)
+    logits = 5 * 40 * 8 * 8 * 4
+    if argmax:  # the mask takes 1/20 of them, and of a tile's depth: sums 1/10, all weights 1/25, an input 1/50
+        assert most < logits / 4
+    else:
+        assert most > logits  # what the mask goes without is seen by this measure
 
 
 def test_large_images_are_summed_on_the_host() -> None:
-    found = SlabInferer(4, cpu_thresh=10, sw_device="cpu")(images(1, 2, 6, 5, 4), convolution)
-    assert found.device.type == "cpu"
+    """Of more voxels than the threshold, whatever the channels and the batch; that of inputs elsewhere."""
+    ten, eleven = (torch.empty(3, 2, n, 1, 1, device="meta") for n in (10, 11))
+    assert SlabInferer(4, cpu_thresh=10)._store(ten).type == "meta"
+    assert SlabInferer(4, cpu_thresh=10)._store(eleven).type == "cpu"
+    assert SlabInferer(4)._store(eleven).type == "meta"
 
 
 def test_progress_is_shown_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,11 +192,18 @@ def test_progress_is_shown_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch
             shown.append(index)
             yield index, _
 
-    monkeypatch.setattr(room, "tqdm", bar)
+    monkeypatch.setitem(sys.modules, "tqdm", SimpleNamespace(tqdm=bar))
     SlabInferer((4, 5, 4), overlap=0.5, progress=True)(images(2, 2, 8, 5, 4), convolution)
     assert shown == [0, 0, 0, 1, 1, 1]  # planes 0 to 2, 2 to 4 and 4 to 8 of two images
     SlabInferer((4, 5, 4), overlap=0.5)(images(2, 2, 8, 5, 4), convolution)
     assert len(shown) == 6
+
+
+def test_progress_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(InputError, match="pip install tqdm"):
+        SlabInferer(4, progress=True)
+    SlabInferer(4)
 
 
 def test_what_it_does_not_do_is_refused() -> None:
@@ -214,7 +230,7 @@ def test_what_it_does_not_do_is_refused() -> None:
         SlabInferer(4)(inputs[0, 0], convolution)
     with pytest.raises(InputError, match="shape"):
         SlabInferer(4)(inputs[:0], convolution)
-    with pytest.raises(TrainingError, match="not finite"):
+    with pytest.raises(InputError, match="not finite"):
         SlabInferer(4)(inputs, lambda batch: batch / 0)
 
 
