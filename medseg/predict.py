@@ -223,7 +223,7 @@ class Predictor:
         strategy, *less = self.budget(ready, besides_mb).strategies
         try:
             return self._mask(ready, strategy, probabilities, report), strategy
-        except (MemoryError, RuntimeError) as failure:
+        except Exception as failure:  # of ONNX Runtime: of its own kinds
             if not less or not is_out_of_memory(failure):
                 raise
             log.warning("%s: out of memory %s: once more %s", _name(ready.source), strategy, less[0])

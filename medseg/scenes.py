@@ -143,9 +143,8 @@ def predict_scene(
     Raises:
         PlanError: the plan scales each image by itself, is none of pictures, or resamples.
         InputError: rasterio is not installed; another number of bands, a palette, complex values; the target's name;
-            a window takes more memory than there is; the mask could not be written.
+            a window takes more memory than there is; logits are not finite; the mask could not be written.
         UnreadableFile: the scene is damaged, at the beginning or in some window.
-        TrainingError: the network gives values that are not finite.
     """
     if window < 1:
         raise InputError("window", f"{window}", "1 pixel or more")
