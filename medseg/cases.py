@@ -20,6 +20,8 @@ _CHANNEL_FILE = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 _IMAGE_COLUMN = re.compile(r"^(?:image|channel)_?(\d+)$")
 _ID_COLUMNS = ("case", "case_id", "id")
 _WILD = re.compile(r"[*?[]")
+_UNFIT = re.compile(r"[^\w.+-]+")
+"""Letters that a file name had better not have."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ def mask_name(case: Case) -> str:
         return f"{case.id}.nii.gz"
     is_tiff = io.suffix_of(case.images[0]) in (".tif", ".tiff")
     return f"{case.id}{'.tif' if is_tiff else '.png'}"
+
+
+def probability_name(case: str, label: str) -> str:
+    """File of a case's probabilities of a class or region, relative to the folder of the masks."""
+    return f"probabilities/{case}_{_UNFIT.sub('_', label)}.nii.gz"
 
 
 def files_of(case: Case) -> Iterator[Path]:

@@ -534,10 +534,11 @@ def predict(
     Exit code 3 when cases failed; the reasons are in cases.csv. Several processes may share a list and a folder as
     shards; in a Slurm array each job takes its own.
     """
+    from medseg.batch import predict_cases
     from medseg.cases import find_cases
     from medseg.io import suffix_of
     from medseg.pipeline import writing_to
-    from medseg.predict import load, predict_cases
+    from medseg.predict import load
 
     if out.is_file() or suffix_of(out):
         raise InputError(out, "names a file", "a folder: the masks are named after the images", "leave the name out")

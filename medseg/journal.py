@@ -1,4 +1,4 @@
-"""What a batch of predictions did: a record a case, a journal to go on from, tables for people, and the memory it took.
+"""What a batch of predictions did: a record a case, a journal to go on from, and tables for people.
 
 The journal has a line for every case, written before its mask takes its name: a file in the folder is known to be from
 here when its digest stands in a line. So it is no matter where a run is killed, and several processes (shards) may
@@ -14,13 +14,10 @@ import json
 import logging
 import os
 import platform
-import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-import psutil
 
 import medseg
 from medseg.cases import Shard
@@ -30,7 +27,6 @@ from medseg.records import Record, digest_file, write_bytes, write_json
 log = logging.getLogger(__name__)
 
 STAGES = ("read", "prepare", "network", "write")
-_PROC = Path("/proc/self")
 
 
 class Prediction(Record):
@@ -176,39 +172,6 @@ class Journal:
         write_json(self.run, {"notice": "Research software, not a medical device.", **facts, **totals})
 
 
-class PeakMemory:
-    """The most memory that this process held between two moments, also where such spans overlap.
-
-    Linux keeps the high-water mark of a process (``VmHWM``) and sets it back when 5 is written to ``clear_refs``
-    (proc(5)). Where that cannot be had, the mark is that of the whole life of the process.
-    """
-
-    def __init__(self) -> None:
-        self._spans: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    def begin(self, name: str) -> None:
-        """Begin a span."""
-        with self._lock:
-            self._lap()
-            self._spans[name] = 0.0
-
-    def end(self, name: str) -> float:
-        """End a span; its peak in MB (2**20 bytes)."""
-        with self._lock:
-            self._lap()
-            return round(self._spans.pop(name), 1)
-
-    def _lap(self) -> None:
-        """Carry the mark over to all spans that run, and set it back."""
-        mark = _high_water_mark()
-        self._spans = {name: max(peak, mark) for name, peak in self._spans.items()}
-        try:
-            (_PROC / "clear_refs").write_text("5")
-        except OSError:
-            return
-
-
 def versions() -> dict[str, str]:
     """Versions of medseg and of what its results rest on."""
     names = ("torch", "monai", "lightning-fabric", "numpy", "scipy", "nibabel", "safetensors")
@@ -217,22 +180,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
     }
-
-
-def _high_water_mark() -> float:
-    """MB."""
-    try:
-        lines = (_PROC / "status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return float(memory.peak_wset / 2**20)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak / (2**20 if platform.system() == "Darwin" else 2**10))
 
 
 def _read_lines(path: Path) -> list[Prediction]:

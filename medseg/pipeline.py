@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import IO, Any, Literal
 
 import medseg
+from medseg.batch import predict_cases
 from medseg.cases import Shard, mask_name
 from medseg.check import check
 from medseg.dataset import Case, Dataset, Findings, Fold
@@ -30,7 +31,7 @@ from medseg.package import FoldRecord, load_package, note_dice, save_package
 from medseg.patches import prepare_cases
 from medseg.plan import ConfigurationName, Plan
 from medseg.planning import make_plan, override_plan
-from medseg.predict import Predictor, PredictSettings, predict_cases
+from medseg.predict import Predictor, PredictSettings
 from medseg.progress import Progress, silent
 from medseg.records import Record, digest_file, digest_of, read_json, remove_leftovers, write_json, write_text
 from medseg.report import markdown_summary, save_curve

@@ -13,7 +13,9 @@ from small_datasets import write_pictures
 from medseg.phantom import make_dataset
 
 if TYPE_CHECKING:
+    from medseg.package import ModelPackage
     from medseg.pipeline import RunResult
+    from medseg.predict import Predictor
 
 settings.register_profile("medseg", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("medseg")
@@ -64,6 +66,40 @@ def picture_run(picture_dataset: Path, tmp_path_factory: pytest.TempPathFactory)
     tiny = ("plan.patch_size=[16,32]", "plan.features=[8,16,16]", "plan.batch_size=4", "plan.warmup=0")
     out = tmp_path_factory.mktemp("picture_run")
     return run(picture_dataset, out, train=TrainSettings(iterations=40, device="cpu", precision="32"), overrides=tiny)
+
+
+@pytest.fixture(scope="session")
+def package(tiny_run: RunResult) -> ModelPackage:
+    """The model of ``tiny_run``."""
+    from medseg.package import load_package
+
+    return load_package(tiny_run.package)
+
+
+@pytest.fixture(scope="session")
+def predictor(tiny_run: RunResult) -> Predictor:
+    """A predictor with the model of ``tiny_run``."""
+    from medseg.predict import load
+
+    return load(tiny_run.package, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def of_pictures(picture_run: RunResult) -> Predictor:
+    """A predictor with the model of ``picture_run``."""
+    from medseg.predict import load
+
+    return load(picture_run.package, device="cpu")
+
+
+@pytest.fixture
+def images(tmp_path: Path, phantom_dataset: Path) -> Path:
+    """A folder with two good images, a.nii.gz and b.nii.gz."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, source in zip("ab", sorted((phantom_dataset / "imagesTs").iterdir()), strict=True):
+        (folder / f"{name}.nii.gz").write_bytes(source.read_bytes())
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,10 @@ import csv
 import json
 import re
 import sys
-import threading
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-from medseg import journal
 from medseg.cases import Shard
-from medseg.journal import Journal, PeakMemory, Prediction, versions
+from medseg.journal import Journal, Prediction, versions
 from medseg.records import digest_file
 
 
@@ -143,59 +138,6 @@ def test_tables_of_nothing(tmp_path: Path) -> None:
     made.write_tables([], 0, {})
     assert made.table.read_text().count("\n") == 1
     assert json.loads(made.run.read_text())["cases"] == {"done": 0, "kept": 0, "failed": 0, "open": 0}
-
-
-# Memory
-
-
-def can_be_set_back() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not can_be_set_back(), reason="this system does not set the mark of a process back")
-def test_spans_have_peaks_of_their_own_also_where_they_overlap() -> None:
-    memory = PeakMemory()
-    memory.begin("whole")
-    memory.begin("large")
-    array = np.ones(2**23)  # 64 MB
-    del array
-    large = memory.end("large")
-    memory.begin("small")
-    small = memory.end("small")
-    whole = memory.end("whole")
-    assert large - small > 50
-    assert whole == large
-
-
-def test_where_the_mark_cannot_be_had_it_is_the_process_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(journal, "_PROC", tmp_path / "nothing")
-    memory = PeakMemory()
-    memory.begin("a")
-    peak = memory.end("a")
-    assert 10 < peak < 100_000
-
-
-def test_spans_of_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    marks = iter(range(1, 1000))
-    monkeypatch.setattr(journal, "_high_water_mark", lambda: float(next(marks)))
-    memory = PeakMemory()
-    peaks: list[float] = []
-
-    def one(name: str) -> None:
-        memory.begin(name)
-        peaks.append(memory.end(name))
-
-    threads = [threading.Thread(target=one, args=(str(n),)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(peaks) == 8
-    assert max(peaks) == 16  # each mark is read once
 
 
 def test_versions_name_python_and_the_libraries() -> None:

@@ -52,6 +52,11 @@ def name_of(path: Path) -> str:
     return path.name[: -len(suffix_of(path) or path.suffix) or None]
 
 
+def title(volume: Volume) -> str:
+    """What an image is called in messages: its first file's name without ending, or ``image``."""
+    return name_of(volume.paths[0]) if volume.paths else "image"
+
+
 def is_picture(path: Path) -> bool:
     """Whether a file is a picture (or a stack of them) by its ending: colours, and no size in the world."""
     return suffix_of(path) in picture.SUFFIXES

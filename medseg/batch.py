@@ -1,0 +1,441 @@
+"""Batches of cases that survive bad inputs, little memory and interruptions."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import medseg
+from medseg import io
+from medseg.cases import Shard, files_of, find_cases, mask_name, probability_name
+from medseg.dataset import Case
+from medseg.errors import InputError, MedsegError
+from medseg.io import nifti
+from medseg.journal import Journal, Prediction, versions
+from medseg.memory import PeakMemory
+from medseg.predict import Predictor, Ready
+from medseg.progress import Progress, silent
+from medseg.records import digest_file, digest_of, replacing
+from medseg.sliding_window import is_out_of_memory
+from medseg.volume import Mask, Volume
+
+log = logging.getLogger(__name__)
+
+TABLE_SECONDS = 30.0
+"""Tables of a long batch are written so often."""
+PATIENCE_SECONDS = 5.0
+"""An interrupted batch waits so long for the mask that is being written."""
+
+
+def predict_folder(
+    predictor: Predictor,
+    places: Path | str | Sequence[Path | str],
+    out: Path,
+    *,
+    shard: Shard | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> list[Prediction]:
+    """Find images (see ``find_cases``) and segment them, or a shard's share of them, as ``predict_cases`` does.
+
+    Raises:
+        InputError, DatasetError: as ``find_cases``.
+    """
+    cases = find_cases(*([places] if isinstance(places, Path | str) else places))
+    return predict_cases(predictor, cases, out, shard=shard, overwrite=overwrite, progress=progress)
+
+
+def predict_cases(
+    predictor: Predictor,
+    cases: Sequence[Case],
+    out: Path,
+    *,
+    shard: Shard | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> list[Prediction]:
+    """Segment cases into a folder: one mask each, named by ``mask_name``, ``cases.csv`` and ``run.json``.
+
+    While a case is on the network, the next is read and prepared and the one before written, where memory allows it.
+
+    A case that fails is recorded with its reason, and the others are done. A case whose files are there and were made
+    from the same input, model and settings (by digest) is kept. A file that was not written here, or was changed since,
+    is not replaced, unless ``overwrite`` says so. Probabilities go into the folder ``probabilities``, one NIfTI file a
+    case and class.
+
+    Args:
+        predictor: a model.
+        cases: the images of all shards.
+        out: folder; it may be shared by shards, which have a journal, a table and a run record each.
+        shard: which of the cases are this process's; None for all of them.
+        overwrite: replace files that are not from here.
+        progress: told how far it is, also within a case.
+
+    Returns:
+        One record a case, in the order of the cases.
+
+    Raises:
+        KeyboardInterrupt: passed on, after the mask that was being written and the tables.
+        OSError: the tables cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    own = shard.share(cases) if shard else list(cases)
+    return _Batch(predictor, own, out, shard, overwrite, progress).run()
+
+
+@dataclass
+class _Work:
+    """A case on its way through the stages, and what is known of it so far."""
+
+    case: Case
+    key: str = ""
+    volume: Volume | None = None
+    ready: Ready | None = None
+    mask: Mask | None = None
+    probabilities: nifti.Probabilities | None = None
+    strategy: str = ""
+    stages: dict[str, float] = field(default_factory=dict)
+    failure: BaseException | None = None
+    record: Prediction | None = None
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage; what goes wrong in it is kept as the case's failure."""
+        start = time.monotonic()
+        try:
+            yield
+        except Exception as failure:  # whatever is wrong with one case, the others are done
+            log.info("%s", self.case.id, exc_info=not isinstance(failure, MedsegError))
+            self.failure = failure.with_traceback(None)  # whose frames hold arrays
+        finally:
+            self.stages[name] = round(self.stages.get(name, 0.0) + time.monotonic() - start, 3)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is more to do than to write down what became of it."""
+        return self.failure is None and self.record is None
+
+
+class _Batch:
+    """Cases on their way: read and prepared ahead in one thread, on the network here, written in another thread."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        cases: Sequence[Case],
+        out: Path,
+        shard: Shard | None,
+        overwrite: bool,
+        progress: Progress,
+    ) -> None:
+        self.predictor, self.cases, self.out, self.shard = predictor, cases, out, shard
+        self.overwrite, self.progress = overwrite, progress
+        self.journal = Journal(out, shard)
+        self.memory = PeakMemory()
+        self.model = _model_key(predictor)
+        self.begun = self.shown = time.monotonic()
+        self.fraction = 0.0
+
+    def run(self) -> list[Prediction]:
+        """All cases, one after the other."""
+        reader, writer = _Aside(self._read), _Aside(self._write)
+        try:
+            for number, case in enumerate(self.cases):
+                work = self._next(reader, case)
+                besides_mb = self._read_ahead(reader, work, number)
+                self._network(work, number, besides_mb)
+                self._await(writer)
+                if work.mask is None:  # nothing to write
+                    self._settle(self._write(work))
+                else:
+                    writer.ask(work)
+            self._await(writer)
+        finally:
+            reader.dismiss()
+            self._await(writer, PATIENCE_SECONDS)
+            writer.dismiss()
+            self._write_tables()
+        return [self.journal.results[case.id] for case in self.cases]
+
+    def _next(self, reader: _Aside, case: Case) -> _Work:
+        """A case that was read ahead, or is read now."""
+        if not reader.is_busy:
+            return self._read(case)
+        work: _Work = reader.answer()
+        if work.failure is not None and is_out_of_memory(work.failure):
+            log.warning("%s: out of memory while it was read ahead: once more alone", case.id)
+            return self._read(case)
+        return work
+
+    def _read_ahead(self, reader: _Aside, work: _Work, number: int) -> float:
+        """Have the case after this one read, where there is memory for both; what it takes, MB."""
+        source = work.ready.source if work.ready else work.volume
+        if number + 1 == len(self.cases) or source is None:
+            return 0.0
+        following = self.cases[number + 1]
+        needed = self.predictor.memory.preparing_mb(following.images)
+        if not self.predictor.memory.fits(source, needed):
+            return 0.0
+        reader.ask(following)
+        return needed
+
+    def _read(self, case: Case) -> _Work:
+        """Read and prepare a case, unless it is done already."""
+        work = _Work(case)
+        self.memory.begin(case.id)
+        with work.stage("read"):
+            self._open(work)
+        if work.volume is not None and not self.predictor.is_cascade:
+            with work.stage("prepare"):
+                work.ready, work.volume = self.predictor.prepare(work.volume), None
+        return work
+
+    def _open(self, work: _Work) -> None:
+        case = work.case
+        _require_one_image(case)
+        work.key = digest_of([self.model, *map(digest_file, files_of(case))])
+        work.record = self.journal.kept(case.id, work.key, self._files(case)[1:])
+        if work.record is None:
+            self._require_free(case)
+            work.volume = io.read_volume(case.images, len(self.predictor.package.plan.channels))
+
+    def _network(self, work: _Work, number: int, besides_mb: float) -> None:
+        """From the prepared image to the mask."""
+        if work.volume is not None:
+            with work.stage("prepare"):
+                work.ready, work.volume = self.predictor.prepare(work.volume), None
+        if work.ready is None:
+            return
+        ready, work.ready = work.ready, None
+        for warning in ready.source.warnings:
+            log.warning("%s: %s", work.case.id, warning)
+        with work.stage("network"):
+            budget = self.predictor.budget(ready, besides_mb)
+            log.info("%s: %s", work.case.id, budget)
+            note = f"{work.case.id} ({number + 1} of {len(self.cases)}), {budget}"
+            self._report(number, note)
+            if self.predictor.classes:
+                work.probabilities = self._probabilities(work, ready)
+            work.mask, strategy = self.predictor.infer(
+                ready,
+                work.probabilities.put if work.probabilities else None,
+                # not the whole: it is still to be written
+                report=lambda fraction: self._report(number + 0.99 * fraction, note),
+                besides_mb=besides_mb,
+            )
+            work.strategy = str(strategy)
+
+    def _probabilities(self, work: _Work, ready: Ready) -> nifti.Probabilities:
+        folder = (self.out / self._files(work.case)[1]).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        return nifti.Probabilities(ready.source.geometry.shape, len(self.predictor.classes), folder)
+
+    def _write(self, work: _Work) -> Prediction:
+        """Write what came out of a case, and say what became of it."""
+        if work.failure is None and work.mask is not None:
+            with work.stage("write"):
+                self._save(work, work.mask)
+        work.mask = None
+        if work.probabilities is not None:
+            work.probabilities.close()
+            work.probabilities = None
+        if work.failure is None and work.record is not None:
+            if work.record.status == "kept":
+                self.memory.end(work.case.id)
+            return work.record
+        self._remove_former(work)
+        return self._record(work, status="failed", reason=_reason(work.failure))
+
+    def _save(self, work: _Work, mask: Mask) -> None:
+        """All files of a case: none has its name before all are whole, and the journal says what they are."""
+        start = time.monotonic()
+        first, *more = self._files(work.case)
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.out / first))
+            digests = {}
+            for index, name in enumerate(more):
+                if work.probabilities is not None:
+                    other = stack.enter_context(replacing(self.out / name))
+                    work.probabilities.write(index, mask, other)
+                    digests[name] = digest_file(other)
+            io.write_mask(mask, temporary)
+            volumes = {name: round(ml, 4) for name, ml in mask.volumes_ml().items()}
+            work.stages["write"] = round(time.monotonic() - start, 3)
+            work.record = self._record(
+                work,
+                status="done",
+                output=first,
+                output_digest=digest_file(temporary),
+                probability_digests=digests,
+                volumes_ml=volumes,
+                warnings=mask.warnings,
+            )
+            self.journal.add(work.record)
+
+    def _record(self, work: _Work, **facts: Any) -> Prediction:
+        return Prediction(
+            case=work.case.id,
+            seconds=round(math.fsum(work.stages.values()), 3),
+            stages=dict(work.stages),
+            peak_memory_mb=self.memory.end(work.case.id),
+            strategy=work.strategy,
+            key=work.key,
+            **facts,
+        )
+
+    def _files(self, case: Case) -> list[str]:
+        """Files of a case, relative to the folder: its mask, and one a class of probabilities."""
+        names = [probability_name(case.id, name) for _, name in self.predictor.classes]
+        return [mask_name(case), *names]
+
+    def _require_free(self, case: Case) -> None:
+        """Refuse to write where there is a file that is not from here, or no longer as it was written.
+
+        Raises:
+            InputError: see above; or the id cannot name a file.
+        """
+        if Path(case.id).name != case.id:
+            raise InputError(case.id, "cannot name a mask", "an id without slashes")
+        remedy = "move it away, or use --overwrite"
+        for name in self._files(case):
+            target = self.out / name
+            if not target.exists():
+                continue
+            if any(target.samefile(path) for path in case.images):
+                raise InputError(target, "is the input itself", "another output folder")
+            if self.overwrite or self.journal.wrote(case.id, name):
+                continue
+            if not self.journal.knows(case.id, name):
+                raise InputError(target, "exists and was not written here", "a free name", remedy)
+            if _is_image(target):
+                raise InputError(target, "was changed since it was written", "a free name", remedy)
+
+    def _remove_former(self, work: _Work) -> None:
+        """Files of a former input or model would be taken for this one's."""
+        case, key = work.case, work.key
+        if key and self.journal.kept(case.id, key) is None:
+            for name in self._files(case):
+                if self.journal.wrote(case.id, name):
+                    (self.out / name).unlink(missing_ok=True)
+
+    def _await(self, writer: _Aside, patience: float | None = None) -> None:
+        """Wait for the case that was given to the writer, if one was."""
+        if not writer.is_busy:
+            return
+        try:
+            self._settle(writer.answer(patience))
+        except queue.Empty:
+            log.warning("a mask was still being written, and is left out")
+
+    def _settle(self, record: Prediction) -> None:
+        """Take down what became of a case."""
+        self.journal.results[record.case] = record
+        if record.status == "failed":
+            log.error("%s failed: %s", record.case, record.reason)
+        done = len(self.journal.results)
+        self._report(done, f"{record.case} {record.status} ({done} of {len(self.cases)})")
+        if time.monotonic() - self.shown > TABLE_SECONDS:
+            self.shown = time.monotonic()
+            self._write_tables()
+
+    def _report(self, cases: float, note: str) -> None:
+        self.fraction = max(self.fraction, cases / len(self.cases))
+        self.progress("predicting", self.fraction, note)
+
+    def _write_tables(self) -> None:
+        predictor = self.predictor
+        labels = predictor.package.plan.labels
+        facts = {
+            "model": predictor.package.manifest.name,
+            "model_digest": predictor.package.digest,
+            "versions": versions(),
+            "device": str(predictor.device),
+            "engine": predictor.engine,
+            "threads": torch.get_num_threads(),
+            "settings": predictor.settings.model_dump(mode="json"),
+            "shard": f"{self.shard.index}/{self.shard.count}" if self.shard else None,
+            "wall_seconds": round(time.monotonic() - self.begun, 1),
+        }
+        self.journal.write_tables([*labels.names, *labels.regions], len(self.cases), facts)
+
+
+class _Aside:
+    """A function in a daemon thread of its own, called once at a time.
+
+    Threads of a ThreadPoolExecutor would be waited for at the end of an interrupted program, however long they take.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.is_busy = False
+        self._function = function
+        self._asked: queue.Queue[Any] = queue.Queue()
+        self._answers: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def ask(self, item: Any) -> None:
+        """Have the function called with an item."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"medseg {self._function.__name__}", daemon=True)
+            self._thread.start()
+        self.is_busy = True
+        self._asked.put(item)
+
+    def answer(self, timeout: float | None = None) -> Any:
+        """What the function returned, or what it raised raised here.
+
+        Raises:
+            queue.Empty: it takes longer than ``timeout`` seconds.
+        """
+        result, failure = self._answers.get(timeout=timeout)
+        self.is_busy = False
+        if failure is not None:
+            raise failure
+        return result
+
+    def dismiss(self) -> None:
+        """End the thread after what it does."""
+        self._asked.put(None)
+
+    def _work(self) -> None:
+        while (item := self._asked.get()) is not None:
+            try:
+                self._answers.put((self._function(item), None))
+            except BaseException as failure:  # noqa: BLE001 - it belongs to whoever asked
+                self._answers.put((None, failure))
+            del item
+
+
+def _model_key(predictor: Predictor) -> str:
+    """Digest of all that masks depend on besides the image: not the device, nor which engine computes in float32."""
+    settings = predictor.settings
+    choices = [settings.mirror, settings.overlap, settings.precision, predictor.engine == "openvino-int8"]
+    return digest_of([medseg.__version__, predictor.package.digest, choices])
+
+
+def _reason(failure: BaseException | None) -> str:
+    return str(failure) if isinstance(failure, MedsegError) else f"{type(failure).__name__}: {failure}"
+
+
+def _require_one_image(case: Case) -> None:
+    """Refuse ``a.nii`` beside ``a.nii.gz``: two images, or one in two formats, and nothing says which is meant."""
+    if len({(path.parent, io.name_of(path)) for path in case.images}) < len(case.images):
+        names = " and ".join(path.name for path in case.images)
+        raise InputError(case.id, f"is the name of several images: {names}", "one image a case", "rename or remove one")
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        io.format_of(path).read_labels(path)
+    except InputError:
+        return False
+    return True

@@ -1,0 +1,616 @@
+"""Batches: masks lie on their images' grids; folders survive bad cases, little memory and interruptions."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import gzip
+import itertools
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from predicting import FIELDS, GRIDS, SHAPE, affine_of, limited, save, statuses, untrained, voxels
+from small_datasets import picture, save_picture
+
+from medseg import batch, io, records
+from medseg.batch import predict_cases, predict_folder
+from medseg.cases import Shard, find_cases
+from medseg.dataset import Case
+from medseg.errors import InputError
+from medseg.io import nifti
+from medseg.journal import Journal, Prediction
+from medseg.package import ModelPackage
+from medseg.predict import Predictor, PredictSettings
+from medseg.volume import Labels, Volume
+
+# Pictures
+
+
+def test_a_folder_of_pictures_gives_masks_on_their_own_pixels(of_pictures: Predictor, tmp_path: Path) -> None:
+    shown = {name: picture(n, (52, 37)) for n, name in enumerate("abc")}
+    for name, orientation, ending in (("a", 1, ".png"), ("b", 6, ".png"), ("c", 6, ".tif")):
+        save_picture(tmp_path / "in" / f"{name}{ending}", shown[name][0], orientation)
+    save_picture(tmp_path / "in" / "grey.png", shown["a"][0][..., 0])
+    touch(tmp_path / "in", "empty.jpg")
+    results = predict_cases(of_pictures, find_cases(tmp_path / "in"), tmp_path / "out")
+    assert {r.case: r.output for r in results} == {"a": "a.png", "b": "b.png", "c": "c.tif", "empty": "", "grey": ""}
+    reasons = {r.case: r.reason for r in results}
+    assert "is empty" in reasons["empty"]
+    assert "has 1 channels (expected 3)" in reasons["grey"]
+    for name, file, orientation in (("a", "a.png", 1), ("b", "b.png", 6), ("c", "c.tif", 6)):
+        with Image.open(tmp_path / "out" / file) as image:
+            assert image.getexif().get(0x0112, 1) == orientation  # so that viewers turn both alike
+        mask = io.read_mask(tmp_path / "out" / file, of_pictures.package.plan.labels)
+        assert mask.geometry == io.read_volume(next((tmp_path / "in").glob(f"{name}.*"))).geometry
+        upright = mask.geometry.to("LPS").apply(mask.array)[..., 0].T
+        assert upright.shape == (37, 52)
+        for value in (1, 3):
+            truth, found = shown[name][1] == value, upright == value
+            assert (truth & found).sum() > 0.8 * truth.sum()  # it lies where the picture shows it,
+            assert found.mean() < 0.25  # and not everywhere
+
+
+def test_the_mask_of_a_picture_does_not_replace_it(of_pictures: Predictor, tmp_path: Path) -> None:
+    before = save_picture(tmp_path / "a.png", picture(0)[0]).read_bytes()
+    (result,) = predict_cases(of_pictures, find_cases(tmp_path), tmp_path, overwrite=True)
+    assert "is the input itself" in result.reason
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_jpeg_in_png_out(of_pictures: Predictor, tmp_path: Path) -> None:
+    Image.fromarray(picture(0)[0]).save(tmp_path / "a.jpg", quality=95)
+    (result,) = predict_cases(of_pictures, find_cases(tmp_path / "a.jpg"), tmp_path / "out")
+    assert result.output == "a.png"
+    assert predict_cases(of_pictures, find_cases(tmp_path / "a.jpg"), tmp_path / "out")[0].status == "kept"
+
+
+# Geometry
+
+
+@pytest.mark.parametrize(
+    ("grid", "codes"),
+    # sform and qform code; a quaternion holds no shear
+    [(g, c) for g in GRIDS for c in [(1, 1), (2, 0), (4, 3), (0, 1)] if g != "sheared" or c[0]],
+)
+def test_the_mask_file_has_the_affine_and_codes_of_its_image_bit_for_bit(
+    grid: str, codes: tuple[int, int], predictor: Predictor, tmp_path: Path
+) -> None:
+    image = nibabel.Nifti1Image(voxels()[0], affine_of(grid))
+    image.set_sform(affine_of(grid), codes[0])
+    image.set_qform(affine_of(grid) if grid != "sheared" else affine_of("axial"), codes[1])
+    nibabel.save(image, tmp_path / "in.nii.gz")
+    predict_cases(predictor, find_cases(tmp_path / "in.nii.gz"), tmp_path / "out")
+    before, after = nibabel.load(tmp_path / "in.nii.gz"), nibabel.load(tmp_path / "out" / "in.nii.gz")
+    assert after.affine.tobytes() == before.affine.tobytes()
+    assert after.shape == SHAPE
+    for field in FIELDS:
+        assert after.header[field].tobytes() == before.header[field].tobytes(), field
+    assert after.header["pixdim"][:4].tobytes() == before.header["pixdim"][:4].tobytes()
+    assert after.get_data_dtype() == np.uint8
+    assert len(np.unique(after.dataobj)) == 3
+
+
+# Folders
+
+
+def touch(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    return folder
+
+
+def test_two_images_of_one_name_are_refused_and_the_others_done(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    (images / "a.nii").write_bytes(gzip.decompress((images / "a.nii.gz").read_bytes()))
+    results = predict_cases(predictor, find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "failed", "b": "done"}
+    assert "a.nii and a.nii.gz" in results[0].reason
+    (result,) = predict_cases(predictor, find_cases(touch(tmp_path / "pictures", "c.png", "c.tif")), tmp_path / "out")
+    assert "c.png and c.tif" in result.reason
+    touch(tmp_path / "channels", "p_0000.nii", "p_0000.nii.gz", "p_0001.nii")
+    (case,) = find_cases(tmp_path / "channels")
+    assert statuses(predict_cases(predictor, [case], tmp_path / "out")) == {"p": "failed"}
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def with_nan(path: Path) -> None:
+    array = voxels()[0].astype(np.float32)
+    array[3, 3, 3] = np.nan
+    save(path, array)
+
+
+def with_channels(path: Path) -> None:
+    save(path, np.moveaxis(voxels(2), 0, -1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (truncated, "truncated"),
+        (with_nan, "1 voxels are not finite"),
+        (with_channels, "2 channels (expected 1)"),
+        (lambda path: path.write_bytes(b""), "empty"),
+        (lambda path: path.write_text("<html>not found</html>"), "no NIfTI"),
+    ],
+    ids=["truncated", "NaN", "channels", "empty", "html"],
+)
+def test_a_bad_case_is_recorded_with_its_reason_and_the_others_are_done(
+    spoil: Callable[[Path], None], reason: str, predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    spoil(images / "a.nii.gz")
+    out = tmp_path / "out"
+    seen: list[tuple[str, float, str]] = []
+    results = predict_cases(predictor, find_cases(images), out, progress=lambda *step: seen.append(step))
+    assert statuses(results) == {"a": "failed", "b": "done"}
+    assert [step for step in seen if step[2].startswith("a ")] == [("predicting", 0.5, "a failed (1 of 2)")]
+    assert seen[-1] == ("predicting", 1.0, "b done (2 of 2)")
+    assert [fraction for _, fraction, _ in seen] == sorted(fraction for _, fraction, _ in seen)
+    assert [fraction for _, fraction, _ in seen].count(1.0) == 1
+    assert sorted(path.name for path in out.iterdir()) == ["b.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
+    with (out / "cases.csv").open(newline="") as file:
+        rows = {row["case"]: row for row in csv.DictReader(file)}
+    assert reason in rows["a"]["reason"]
+    assert (rows["a"]["status"], rows["a"]["organ_ml"]) == ("failed", "")
+    assert (rows["b"]["status"], rows["b"]["output"], rows["b"]["reason"]) == ("done", "b.nii.gz", "")
+    assert float(rows["b"]["organ_ml"]) > 0
+    run = json.loads((out / "run.json").read_text())
+    assert run["cases"] == {"done": 1, "kept": 0, "failed": 1, "open": 0}
+    assert set(run["seconds"]) == {"read", "prepare", "network", "write"}
+    assert (run["engine"], run["threads"], run["shard"]) == (predictor.engine, torch.get_num_threads(), None)
+    assert float(rows["b"]["network_s"]) > 0
+    assert float(rows["b"]["peak_memory_mb"]) > 10
+    assert (run["device"], run["model_digest"]) == ("cpu", predictor.package.digest)
+
+
+def test_a_file_that_may_not_be_read_fails_alone(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest(path: Path) -> str:
+        if path.name == "a.nii.gz" and path.parent == images:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return records.digest_file(path)
+
+    monkeypatch.setattr(batch, "digest_file", digest)  # whoever runs as root may read everything
+    results = predict_cases(predictor, find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "failed", "b": "done"}
+    assert "Permission denied" in results[0].reason
+
+
+def test_a_disk_that_is_full_leaves_no_part_of_a_mask(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sync = tmp_path / "out", records._sync
+
+    def full(path: Path) -> None:
+        if path.name.endswith("a.nii.gz"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(records, "_sync", full)
+    results = predict_cases(predictor, find_cases(images), out)
+    assert statuses(results) == {"a": "failed", "b": "done"}
+    assert "No space left" in results[0].reason
+    assert sorted(path.name for path in out.iterdir()) == ["b.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
+    monkeypatch.undo()
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "kept"}
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("out of memory"), ValueError("a bug")], ids=repr)
+@pytest.mark.parametrize("stage", ["read_volume", "prepare", "infer", "write_mask"])
+def test_whatever_one_case_raises_in_any_stage_the_others_are_done(
+    stage: str, failure: Exception, predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The case in the middle: of three, each stage is in another thread or between two others."""
+    shutil.copy(images / "b.nii.gz", images / "c.nii.gz")
+    holder: Any = Predictor if stage in ("prepare", "infer") else io
+    function = getattr(holder, stage)
+
+    def fragile(*arguments: Any, **choices: Any) -> Any:
+        for argument in arguments:
+            paths = getattr(getattr(argument, "source", argument), "paths", argument)
+            if isinstance(paths, tuple) and paths[0].name == "b.nii.gz":
+                raise failure
+        return function(*arguments, **choices)
+
+    monkeypatch.setattr(holder, stage, fragile)
+    results = predict_cases(predictor, find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "done", "b": "failed", "c": "done"}
+    assert results[1].reason.startswith(type(failure).__name__)
+    monkeypatch.undo()
+    assert statuses(predict_cases(predictor, find_cases(images), tmp_path / "out")) == {
+        "a": "kept",
+        "b": "done",
+        "c": "kept",
+    }
+
+
+def test_names_with_spaces_other_scripts_and_bytes_that_are_no_text(predictor: Predictor, tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    for name in ("mit Leerzeichen", "Ärztin", "病例", "x" * 200, "b\udcff"):
+        save(images / f"{name}.nii", voxels()[0])
+    results = predict_cases(predictor, find_cases(images), out)
+    assert {result.status for result in results} == {"done"}
+    assert (out / "病例.nii.gz").exists()
+    assert "Ärztin,done,Ärztin.nii.gz" in (out / "cases.csv").read_text(encoding="utf-8")
+    assert {r.status for r in predict_cases(predictor, find_cases(images), out)} == {"kept"}
+
+
+def test_an_id_that_leads_out_of_the_folder_is_refused(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "inner" / "out"
+    (result,) = predict_cases(predictor, [Case("../escaped", (images / "a.nii.gz",), None)], out)
+    assert (result.status, "slashes" in result.reason) == ("failed", True)
+    assert not (tmp_path / "inner" / "escaped.nii.gz").exists()
+
+
+# Resuming
+
+
+def stamp(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+
+
+def test_a_second_call_keeps_what_is_there_and_still_valid(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = predict_cases(predictor, find_cases(images), out)
+    times = stamp(out)
+    second = predict_cases(predictor, find_cases(images), out)
+    assert statuses(second) == {"a": "kept", "b": "kept"}
+    assert stamp(out) == times
+    assert [result.volumes_ml for result in second] == [result.volumes_ml for result in first]
+    assert json.loads((out / "run.json").read_text())["cases"] == {"done": 0, "kept": 2, "failed": 0, "open": 0}
+
+
+def test_what_depends_on_a_changed_input_is_done_again(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_cases(predictor, find_cases(images), out)
+    (images / "a.nii.gz").write_bytes((images / "b.nii.gz").read_bytes())
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "kept"}
+    assert (out / "a.nii.gz").read_bytes() == (out / "b.nii.gz").read_bytes()
+
+
+def test_the_second_file_of_a_pair_is_part_of_the_input(predictor: Predictor, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "pair").mkdir()
+    for array, status in ((voxels()[0], "done"), (voxels()[0], "kept"), (voxels()[0][::-1].copy(), "done")):
+        nibabel.save(nibabel.Nifti1Pair(array, affine_of("axial")), tmp_path / "pair" / "a.img")
+        assert statuses(predict_cases(predictor, find_cases(tmp_path / "pair"), out)) == {"a": status}
+
+
+def test_other_settings_and_models_do_it_again(
+    predictor: Predictor, package: ModelPackage, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    cases = find_cases(images)[:1]
+    mirrored = Predictor(package, PredictSettings(device="cpu", mirror=True))
+    files = dict.fromkeys(package.manifest.files, "0" * 64)
+    manifest = package.manifest.model_copy(update={"files": files})
+    another = Predictor(replace(package, manifest=manifest), predictor.settings)
+    on_auto = Predictor(package, PredictSettings(device="auto"))
+    found = [predict_cases(model, cases, out)[0].status for model in (predictor, mirrored, another, predictor, on_auto)]
+    # the other model has the same weights here, so that its mask is the first one's too; the device is of no matter
+    assert found == ["done", "done", "done", "kept", "kept"]
+    monkeypatch.setattr("medseg.__version__", "99")
+    assert predict_cases(predictor, cases, out)[0].status == "done"
+
+
+def test_half_a_mask_is_done_again(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_cases(predictor, find_cases(images), out)
+    whole = (out / "a.nii.gz").read_bytes()
+    (out / "a.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (out / "b.nii.gz").unlink()
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "done"}
+    assert (out / "a.nii.gz").read_bytes() == whole
+
+
+def test_a_mask_that_is_not_from_here_is_replaced_only_on_demand(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    foreign = save(out / "a.nii.gz", np.ones(SHAPE, np.uint8)).read_bytes()
+    for _ in range(2):
+        results = predict_cases(predictor, find_cases(images), out)
+        assert results[0].status == "failed"
+        assert "--overwrite" in results[0].reason
+        assert (out / "a.nii.gz").read_bytes() == foreign
+    assert statuses(predict_cases(predictor, find_cases(images), out, overwrite=True)) == {"a": "done", "b": "kept"}
+    assert (out / "a.nii.gz").read_bytes() != foreign
+
+
+def test_a_mask_corrected_by_hand_is_not_replaced(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_cases(predictor, find_cases(images), out)
+    corrected = save(out / "a.nii.gz", np.ones(SHAPE, np.uint8)).read_bytes()
+    results = predict_cases(predictor, find_cases(images), out)
+    assert statuses(results) == {"a": "failed", "b": "kept"}
+    assert "changed since it was written" in results[0].reason
+    assert (out / "a.nii.gz").read_bytes() == corrected
+
+
+def test_the_input_itself_is_never_replaced(predictor: Predictor, images: Path) -> None:
+    before = (images / "a.nii.gz").read_bytes()
+    results = predict_cases(predictor, find_cases(images), images, overwrite=True)
+    assert {result.status for result in results} == {"failed"}
+    assert "the input itself" in results[0].reason
+    assert (images / "a.nii.gz").read_bytes() == before
+
+
+@pytest.mark.parametrize("moment", ["before the line", "after the line"])
+def test_a_kill_around_the_line_in_the_journal_is_recovered_from(
+    moment: str, predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, add = tmp_path / "out", Journal.add
+
+    def killed(journal: Journal, record: Prediction) -> None:
+        if moment == "after the line":
+            add(journal, record)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        predict_cases(predictor, find_cases(images), out)
+    monkeypatch.undo()
+    assert sorted(path.name for path in out.iterdir() if path.name != "journal.jsonl") == ["cases.csv", "run.json"]
+    assert json.loads((out / "run.json").read_text())["cases"]["open"] == 2
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "done"}
+
+
+def test_a_journal_with_a_torn_last_line_is_read_up_to_there(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    predict_cases(predictor, find_cases(images), out)
+    journal = out / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-30])
+    (out / "b.nii.gz").unlink()  # which had not got its name
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "kept", "b": "done"}
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "kept", "b": "kept"}
+
+
+def test_the_mask_of_a_former_input_does_not_stay_where_the_new_one_fails(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    predict_cases(predictor, find_cases(images), out)
+    with_nan(images / "a.nii.gz")
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "failed", "b": "kept"}
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["b.nii.gz"]
+
+
+# Shards
+
+
+def test_shards_share_a_folder_and_its_masks(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    out, places = tmp_path / "out", [str(images / "*.nii.gz")]
+    first = predict_folder(predictor, places, out, shard=Shard(1, 2))
+    second = predict_folder(predictor, places, out, shard=Shard(2, 2))
+    assert (statuses(first), statuses(second)) == ({"a": "done"}, {"b": "done"})
+    assert statuses(predict_folder(predictor, images, out)) == {"a": "kept", "b": "kept"}
+    assert json.loads((out / "run-2-of-2.json").read_text())["shard"] == "2/2"
+    assert len((out / "cases-1-of-2.csv").read_text().splitlines()) == 2
+
+
+def test_a_shard_without_a_case_is_no_fault(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    assert predict_folder(predictor, images, tmp_path / "out", shard=Shard(3, 3)) == []
+
+
+# Probabilities
+
+
+def test_probabilities_in_files_are_those_in_memory(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    model = Predictor(predictor.package, PredictSettings(device="cpu", probabilities=("all",)))
+    out = tmp_path / "out"
+    (result, _) = predict_cases(model, find_cases(images), out)
+    names = {name: f"probabilities/a_{name}.nii.gz" for name in ("organ", "lesion")}
+    assert set(result.probability_digests) == set(names.values())
+    whole = np.zeros((2, *nibabel.load(images / "a.nii.gz").shape), np.float32)
+
+    def take(place: tuple[slice, slice, slice], values: NDArray[np.float32]) -> None:
+        whole[(slice(None), *place)] = values
+
+    mask, _ = model.infer(model.prepare(io.read_volume(images / "a.nii.gz")), take)
+    assert whole.min() >= 0
+    assert whole.sum(axis=0).max() <= 1 + 1e-6
+    for n, name in enumerate(("organ", "lesion")):
+        image = nibabel.load(out / names[name])
+        assert np.abs(image.get_fdata() - whole[n]).max() < 1 / 65535
+        source = nibabel.load(images / "a.nii.gz").header
+        for field in FIELDS:
+            assert image.header[field].tobytes() == source[field].tobytes(), field
+        sure = mask.array == predictor.package.plan.labels.values[name]
+        assert (whole[n][sure] >= whole[1 - n][sure]).all()
+    np.testing.assert_array_equal(mask.array, io.read_mask(out / "a.nii.gz").array)
+
+
+def test_probabilities_that_are_missing_or_spoilt_are_made_again(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    out, cases = tmp_path / "out", find_cases(images)[:1]
+    model = Predictor(predictor.package, PredictSettings(device="cpu", probabilities=("lesion",)))
+    assert predict_cases(predictor, cases, out)[0].status == "done"
+    assert predict_cases(model, cases, out)[0].status == "done"  # the mask was there, its probabilities not
+    assert [path.name for path in (out / "probabilities").iterdir()] == ["a_lesion.nii.gz"]
+    assert predict_cases(model, cases, out)[0].status == "kept"
+    path = out / "probabilities" / "a_lesion.nii.gz"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert predict_cases(predictor, cases, out)[0].status == "kept"  # who wants none does not mind
+    assert predict_cases(model, cases, out)[0].status == "done"
+    save(path, np.ones(SHAPE, np.uint8))
+    (result,) = predict_cases(model, cases, out)
+    assert (result.status, "changed since" in result.reason) == ("failed", True)
+
+
+def test_probabilities_of_regions(package: ModelPackage, images: Path, tmp_path: Path) -> None:
+    labels = Labels(values={"organ": 1, "lesion": 5}, regions={"whole": (1, 5), "core/1": (5,)})
+    model = untrained(package, PredictSettings(probabilities=("core/1",)), labels=labels, region_order=(1, 5))
+    (result, *_) = predict_cases(model, find_cases(images), tmp_path)
+    assert list(result.probability_digests) == ["probabilities/a_core_1.nii.gz"]
+    assert set(result.volumes_ml) == {"organ", "lesion", "whole", "core/1"}
+    found = nibabel.load(tmp_path / "probabilities" / "a_core_1.nii.gz").get_fdata()
+    np.testing.assert_array_equal(found > 0.5 + 1e-5, io.read_mask(tmp_path / "a.nii.gz").array == 5)
+
+
+def test_a_disk_without_room_for_probabilities_fails_the_case_alone(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Predictor(predictor.package, PredictSettings(device="cpu", probabilities=("all",)))
+    write, count = nifti.Probabilities.write, itertools.count()
+
+    def full(*arguments: Any) -> None:
+        if next(count) == 1:  # the second file of the first case
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(nifti.Probabilities, "write", full)
+    assert statuses(predict_cases(model, find_cases(images), tmp_path)) == {"a": "failed", "b": "done"}
+    assert sorted(path.name for path in tmp_path.rglob("*.nii.gz") if "images" not in str(path.parent)) == [
+        "b.nii.gz",
+        "b_lesion.nii.gz",
+        "b_organ.nii.gz",
+    ]
+
+
+# Memory
+
+
+def test_a_case_that_does_not_fit_fails_with_what_is_needed_and_the_others_are_done(
+    package: ModelPackage, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = limited(package, monkeypatch, 120)
+    save(images / "c.nii", np.zeros((400, 400, 60), np.int16) + np.int16(1))
+    results = predict_cases(model, find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "done", "b": "done", "c": "failed"}
+    assert "needs about" in results[2].reason
+
+
+def test_what_does_not_fit_beside_another_case_is_prepared_alone(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, refused = Predictor.prepare, list[str]()
+
+    def alone(self: Predictor, volume: Volume) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            refused.append(volume.paths[0].name)
+            raise MemoryError
+        return prepare(self, volume)
+
+    monkeypatch.setattr(Predictor, "prepare", alone)
+    assert statuses(predict_cases(predictor, find_cases(images), tmp_path)) == {"a": "done", "b": "done"}
+    assert refused == ["b.nii.gz"]
+
+
+def no_network(*_: Any, **__: Any) -> Any:
+    raise InputError("network", "is none")
+
+
+@pytest.mark.parametrize(("limit_mb", "threads"), [(None, {"MainThread", "medseg _read"}), (113.0, {"MainThread"})])
+def test_the_next_case_is_read_ahead_only_where_both_fit(
+    limit_mb: float | None, threads: set[str], package: ModelPackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image takes 7 MB to prepare and 9 MB on the network; 100 MB are taken at rest."""
+    for name in "abc":
+        save(tmp_path / "in" / f"{name}.nii", np.ones((128, 128, 128), np.int16), np.eye(4))
+    seen = set()
+
+    def read(paths: Any, channels: int) -> Any:
+        seen.add(threading.current_thread().name)
+        raise InputError(paths[0], "is only looked at")
+
+    model = limited(package, monkeypatch, limit_mb or 10_000)
+    monkeypatch.setattr(io, "read_volume", read)
+    predict_cases(model, find_cases(tmp_path / "in"), tmp_path / "out")
+    assert seen == {"MainThread"}  # what has failed is on no network, so that nothing is read beside it
+    monkeypatch.undo()
+    read_volume = io.read_volume
+
+    def watched(paths: Any, channels: int) -> Any:
+        seen.add(threading.current_thread().name)
+        return read_volume(paths, channels)
+
+    model = limited(package, monkeypatch, limit_mb or 10_000)
+    monkeypatch.setattr(io, "read_volume", watched)
+    monkeypatch.setattr(Predictor, "infer", no_network)
+    seen.clear()
+    predict_cases(model, find_cases(tmp_path / "in"), tmp_path / "out")
+    assert seen == threads
+
+
+# Interruption
+
+
+def test_an_interrupted_batch_finishes_the_mask_in_hand_and_writes_its_tables(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer, out = Predictor.infer, tmp_path / "out"
+
+    def interrupted(self: Predictor, ready: Any, *arguments: Any, **choices: Any) -> Any:
+        if ready.source.paths[0].name == "b.nii.gz":
+            raise KeyboardInterrupt
+        return infer(self, ready, *arguments, **choices)
+
+    monkeypatch.setattr(Predictor, "infer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict_cases(predictor, find_cases(images), out)
+    assert json.loads((out / "run.json").read_text())["cases"] == {"done": 1, "kept": 0, "failed": 0, "open": 1}
+    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
+    monkeypatch.undo()
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "kept", "b": "done"}
+
+
+def test_tables_are_written_now_and_then(
+    predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "TABLE_SECONDS", 0.0)
+    write, rows = Journal.write_tables, list[int]()
+
+    def counted(self: Journal, *arguments: Any) -> None:
+        rows.append(len(self.results))
+        write(self, *arguments)
+
+    monkeypatch.setattr(Journal, "write_tables", counted)
+    predict_cases(predictor, find_cases(images), tmp_path)
+    assert rows == [1, 2, 2]
+
+
+# Privacy
+
+
+def test_text_in_a_header_goes_into_no_output(
+    predictor: Predictor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    canary = b"DOE^JANE 1955"
+    (tmp_path / "images").mkdir()
+    fields = {"descrip": canary, "intent_name": canary, "aux_file": canary, "db_name": canary}
+    for name, array in (("good", voxels()[0]), ("bad", np.full(SHAPE, np.nan, np.float32))):
+        image = nibabel.Nifti1Image(array, affine_of("oblique"))
+        for field, value in fields.items():
+            image.header[field] = value
+        image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", canary))
+        nibabel.save(image, tmp_path / "images" / f"{name}.nii.gz")
+    assert canary in gzip.decompress((tmp_path / "images" / "good.nii.gz").read_bytes())
+    results = predict_cases(predictor, find_cases(tmp_path / "images"), tmp_path / "out")
+    assert statuses(results) == {"bad": "failed", "good": "done"}
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix != ".gz")
+    for mask in (tmp_path / "out").glob("*.nii.gz"):
+        written += gzip.decompress(mask.read_bytes())
+    in_memory = predictor(nibabel.load(tmp_path / "images" / "good.nii.gz"))
+    written += nifti.to_nibabel(in_memory).header.binaryblock + caplog.text.encode()
+    assert b"DOE" not in written
+    assert b"JANE" not in written

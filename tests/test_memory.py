@@ -1,0 +1,127 @@
+"""Memory: what is estimated beforehand, what the limit decides, what there is, and the peaks of spans."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from predicting import affine_of, limited, voxels
+
+from medseg import io, memory
+from medseg.errors import InputError
+from medseg.geometry import Geometry
+from medseg.memory import PeakMemory, Strategy
+from medseg.package import ModelPackage
+from medseg.sliding_window import buffer_bytes
+from medseg.volume import Volume
+
+
+def test_memory_is_estimated_beforehand(package: ModelPackage, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = limited(package, monkeypatch, 1000)
+    setup = package.configuration
+    assert (setup.patch_size, setup.network.features[0], package.plan.outputs) == ((8, 16, 16), 8, 3)
+    source = Volume(np.zeros((1, 200, 300, 50), np.int16), Geometry((200, 300, 50), np.diag([1.0, 1, 2, 1])))
+    whole, half = (model.memory.need(source, Strategy(on_device=False, blocks=n), (100, 200, 300)) for n in (1, 2))
+    prepared, native = 4 * 100 * 200 * 300, 200 * 300 * 50
+    assert whole.preparing == pytest.approx((2 * native + prepared) / 2**20)
+    patch = 8 * 16 * 16
+    tile = 4 * patch * (10 * 8 + 2 * 3)
+    buffer = buffer_bytes((100, 200, 300), (8, 16, 16), 3)
+    planes = 2 * 4 * 3 * 100 * 200
+    assert whole.network == pytest.approx((prepared + native + tile + buffer + planes) / 2**20)
+    assert whole.device == 0
+    saved_mb = (buffer - buffer_bytes((100, 200, 300), (8, 16, 16), 3, 2) + planes // 2) / 2**20
+    assert whole.network - half.network == pytest.approx(saved_mb)
+    assert half.network < whole.network
+
+
+def test_the_limit_decides_on_the_strategy(package: ModelPackage, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = limited(package, monkeypatch, 1000).prepare(io.volume_of((voxels(), affine_of("axial"))))
+    whole = limited(package, monkeypatch, 1000)
+    shape = ready.prepared.trace.plan_shape
+    needed = [100 + whole.memory.need(ready.source, s, shape).network for s in whole.memory.strategies]
+    assert needed == sorted(needed, reverse=True)
+    assert whole.budget(ready).strategies == tuple(whole.memory.strategies)
+    assert str(whole.budget(ready)) == f"about {needed[0] / 1024:.1f} GB of 1.0 GB, summed on the host"
+    tight = limited(package, monkeypatch, needed[1])
+    assert tight.budget(ready).strategies[0] == Strategy(on_device=False, blocks=2)
+    np.testing.assert_array_equal(tight.infer(ready)[0].array, whole.infer(ready)[0].array)
+    with pytest.raises(InputError, match=r"needs about 0\.1 GB of memory even .* in 16 blocks .*--memory-limit"):
+        limited(package, monkeypatch, needed[-1] - 0.001).infer(ready)
+
+
+def test_limits_of_control_groups_count(tmp_path: Path) -> None:
+    root = tmp_path / "cgroup"
+    own = tmp_path / "own"
+
+    def group(folder: str, limit: str, used: int, files: tuple[str, str], idle: str) -> None:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder / files[0]).write_text(limit + "\n")
+        (root / folder / files[1]).write_text(f"{used}\n")
+        (root / folder / "memory.stat").write_text(f"anon 5\n{idle} 100\n")
+
+    second = ("memory.max", "memory.current")
+    group("job/step", "1000", 300, second, "inactive_file")
+    group("job", "max", 300, second, "inactive_file")
+    group("", "5000", 4900, second, "inactive_file")
+    own.write_text("0::/job/step\n")
+    assert list(memory._rooms_in_groups(root, own)) == [1000 - 300 + 100, 5000 - 4900 + 100]
+    group("memory", "2000", 700, ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file")
+    own.write_text("4:memory:/not/in/this/container\n3:cpuset:/\n")
+    assert list(memory._rooms_in_groups(root, own)) == [2000 - 700 + 100]
+    assert list(memory._rooms_in_groups(root, tmp_path / "nothing")) == []
+    assert memory.free_mb() > 0
+
+
+def can_be_set_back() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not can_be_set_back(), reason="this system does not set the mark of a process back")
+def test_spans_have_peaks_of_their_own_also_where_they_overlap() -> None:
+    spans = PeakMemory()
+    spans.begin("whole")
+    spans.begin("large")
+    with mmap.mmap(-1, 2**26) as room:  # not from the allocator, which may have 64 MB left over
+        for _ in range(64):
+            room.write(bytes(2**20))
+    large = spans.end("large")
+    spans.begin("small")
+    small = spans.end("small")
+    whole = spans.end("whole")
+    assert large - small > 50
+    assert whole == large
+
+
+def test_where_the_mark_cannot_be_had_it_is_the_process_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "nothing")
+    spans = PeakMemory()
+    spans.begin("a")
+    peak = spans.end("a")
+    assert 10 < peak < 100_000
+
+
+def test_spans_of_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = iter(range(1, 1000))
+    monkeypatch.setattr(memory, "_high_water_mark", lambda: float(next(marks)))
+    spans = PeakMemory()
+    peaks: list[float] = []
+
+    def one(name: str) -> None:
+        spans.begin(name)
+        peaks.append(spans.end(name))
+
+    threads = [threading.Thread(target=one, args=(str(n),)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(peaks) == 8
+    assert max(peaks) == 16  # each mark is read once
