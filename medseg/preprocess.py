@@ -26,8 +26,11 @@ from medseg.resample import (
     axis_orders,
     decided,
     interpolated,
+    largest,
+    last_positive,
     resample_into,
     resample_labels,
+    separate_axis,
 )
 from medseg.volume import Labels, Mask, Volume
 
@@ -46,7 +49,7 @@ class GridTrace(Record):
         box_start, box_stop: the crop, on the grid after reorientation.
         plan_shape: shape of the prepared array.
         orders: spline orders of the way back.
-        straight: whether a grid whose axes are not orthogonal is resampled to one that is, before the crop.
+        orthogonal: whether a grid whose axes are not orthogonal is resampled to one that is, before the crop.
     """
 
     native_shape: tuple[int, int, int]
@@ -56,7 +59,7 @@ class GridTrace(Record):
     box_stop: tuple[int, int, int]
     plan_shape: tuple[int, int, int]
     orders: Orders
-    straight: bool = True
+    orthogonal: bool = True
 
     @property
     def native(self) -> Geometry:
@@ -90,8 +93,9 @@ def prepare(
     """Reorient, crop, normalise and resample an image (and its mask) to the plan grid.
 
     An image whose voxel axes are not orthogonal is resampled to the nearest orthogonal grid of the same spacing, after
-    it is reoriented: so all orientations of one image give one array. Under the orientation "stored" the axes are only
-    put in the plan's order. The crop is the box of voxels that are not 0 in some channel; the whole image where there
+    it is reoriented: so all orientations of one image give one array. That is linear at most, as a cubic rings: around
+    a body it would leave values that are not 0. Under the orientation "stored" the axes are only put in the plan's
+    order. The crop is the box of voxels that are not 0 in some channel; the whole image where there
     is none. Then the image goes through normalisation and resampling a few planes at a time.
 
     Args:
@@ -102,35 +106,40 @@ def prepare(
         previous: native mask that the earlier configuration of a cascade gave; resampled as ``mask`` is.
 
     Raises:
-        InputError: a mask has a value without a name; or ``previous`` is missing, or is not asked for.
+        InputError: the image has another number of channels than the plan; a mask has a value without a name; or
+            ``previous`` is missing, or is not asked for.
         GeometryMismatch: a mask has another shape than the image.
     """
+    _require_channels(volume, plan)
     _require_fitting(previous, configuration)
     letters = _letters(volume.geometry, plan)
     turn = volume.geometry.to(letters)
     array, oriented = turn.apply(volume.array), volume.geometry.reoriented(turn)
-    straight = plan.orientation != "stored"
-    grid = _straight(oriented) if straight else oriented
+    grid = oriented if plan.orientation == "stored" else _orthogonal(oriented)
     if grid is not oriented:
-        array = np.stack([_sample(channel, oriented, grid, plan.resampling.image, "nearest") for channel in array])
+        array = _sampled(array, oriented, grid, min(plan.resampling.image, 1))
     box = _nonzero_box(array)
     cropped, rule = grid.cropped(box), plan.resampling
     shape, spacing = plan_grid(cropped, configuration)
 
-    def brought(mask: Mask) -> Winners:
+    def to_plan_grid(mask: Mask) -> Winners:
         indices = turn.apply(_indices(mask, volume, plan.labels))
         if grid is not oriented:
-            indices = _sample(indices, oriented, grid, 0, "constant")
+            whole = np.empty(grid.shape, dtype=np.uint8)
+            _sample(indices, oriented, grid, 0, "constant", whole)
+            indices = whole
         orders = axis_orders(cropped.spacing, spacing, rule, rule.label, rule.label_along_low)
         return np.ascontiguousarray(resample_labels(indices[box.slices], shape, orders))
 
     image = np.empty((plan.inputs(configuration), *shape), dtype=np.float32)
     orders = axis_orders(cropped.spacing, spacing, rule, rule.image, rule.image_along_low)
-    for result, channel in zip(image, _scaled(array[:, *box.slices], plan.normalisation), strict=False):
-        resample_into(result, channel, orders)
+    separate = separate_axis(cropped.spacing, spacing, rule)
+    channels = _scaled(array[:, *box.slices], plan.normalisation)
+    for result, channel in zip(image[: len(plan.channels)], channels, strict=True):
+        resample_into(result, channel, orders, separate)
     if previous is not None:
         classes = np.arange(1, plan.labels.count).reshape(-1, 1, 1, 1)
-        np.equal(brought(previous), classes, out=image[len(plan.channels) :])
+        np.equal(to_plan_grid(previous), classes, out=image[len(plan.channels) :])
     trace = GridTrace(
         native_shape=volume.geometry.shape,
         native_affine=_matrix(volume.geometry.affine),
@@ -139,9 +148,9 @@ def prepare(
         box_stop=_three(box.stop),
         plan_shape=shape,
         orders=axis_orders(spacing, cropped.spacing, rule, rule.logits, rule.logits_along_low),
-        straight=straight,
+        orthogonal=plan.orientation != "stored",
     )
-    return Prepared(image, None if mask is None else brought(mask), trace)
+    return Prepared(image, None if mask is None else to_plan_grid(mask), trace)
 
 
 def restore(
@@ -164,28 +173,32 @@ def restore(
     """
     turn = trace.native.to(trace.orientation)
     oriented = trace.native.reoriented(turn)
-    grid = _straight(oriented) if trace.straight else oriented
+    grid = _orthogonal(oriented) if trace.orthogonal else oriented
     if probabilities is not None and grid is not oriented:
         remedy = "resample the image to a grid with orthogonal axes"
         raise InputError("probabilities", "are asked for on sheared voxel axes", "orthogonal axes", remedy)
-    values = _painted(plan)
-    decide = _last_positive if plan.region_order else _largest
+    values = _label_values(plan)
+    decide = last_positive if plan.region_order else largest
     if probabilities is None:
         found = decided(slabs, trace.plan_shape, trace.box.shape, trace.orders, decide)
     else:
-        found = _told(slabs, trace, decide, probabilities)
+        found = _with_probabilities(slabs, trace, decide, probabilities)
     native = np.zeros(trace.native_shape, dtype=values.dtype)
     whole = turn.apply(native) if grid is oriented else np.zeros(grid.shape, dtype=values.dtype)
     inside = whole[trace.box.slices]
     for place, winners in found:
         inside[place] = values[winners]
     if grid is not oriented:
-        turn.apply(native)[...] = _sample(whole, grid, oriented, 0, "constant")
+        _sample(whole, grid, oriented, 0, "constant", turn.apply(native))
     return native
 
 
 def normalise(array: NDArray[Any], normalisation: tuple[Normalisation, ...]) -> Float32:
-    """Bring each channel of (C, I, J, K) to the plan's scale, float32. A constant channel becomes 0 under z-score."""
+    """Bring each channel of (C, I, J, K), or of a picture (C, H, W), to the plan's scale, float32.
+
+    A constant channel becomes 0 under z-score. Of a volume, holes that its voxels enclose count as inside under
+    ``nonzero_only``; those of a picture or of a single plane do not: in three dimensions they are open.
+    """
     return np.stack([channel[(slice(None),) * (array.ndim - 1)] for channel in _scaled(array, normalisation)])
 
 
@@ -272,14 +285,16 @@ def _body(array: NDArray[Any]) -> NDArray[np.bool_]:
     body = np.atleast_3d(array[0] != 0)
     for channel in array[1:]:
         body |= channel.reshape(body.shape) != 0
-    pieces, count = ndimage.label(~body)
+    np.invert(body, out=body)
+    pieces, count = ndimage.label(body)
     is_open = np.zeros(count + 1, dtype=bool)
     for axis in range(3):
         for end in (0, -1):
             is_open[pieces.take(end, axis)] = True
     is_open[0] = False  # the body itself
-    filled: NDArray[np.bool_] = ~is_open[pieces]
-    return filled.reshape(array.shape[1:])
+    for plane, numbers in zip(body, pieces, strict=True):  # an index of all would take 8 bytes a voxel
+        plane[...] = ~is_open[numbers]
+    return body.reshape(array.shape[1:])
 
 
 def _nonzero_box(array: NDArray[Any]) -> Box:
@@ -297,32 +312,19 @@ def _nonzero_box(array: NDArray[Any]) -> Box:
     return box
 
 
-def _painted(plan: Plan) -> NDArray[Any]:
+def _label_values(plan: Plan) -> NDArray[Any]:
     """The label value that each winner stands for, in the smallest type that holds all of the plan's."""
     labels = plan.labels
     values = labels.to_values(np.arange(labels.count + (labels.ignore is not None)))
     return np.array([0, *plan.region_order], dtype=values.dtype) if plan.region_order else values
 
 
-def _largest(logits: Tensor) -> Tensor:
-    """Index of the largest of the last axis, the first where several are equal."""
-    if logits.device.type == "cpu":  # numpy takes 0.6 of torch's time for 118 classes, as long for few
-        return torch.from_numpy(logits.numpy().argmax(axis=-1).astype(np.uint8))
-    return logits.argmax(dim=-1).to(torch.uint8)
-
-
-def _last_positive(logits: Tensor) -> Tensor:
-    """1 + index of the last of the last axis that is positive: what is painted last is on top. 0 where none is."""
-    numbers = torch.arange(1, logits.shape[-1] + 1, dtype=torch.uint8, device=logits.device)
-    return ((logits > 0) * numbers).amax(dim=-1)
-
-
-def _told(
+def _with_probabilities(
     slabs: Iterable[Slab], trace: GridTrace, decide: Callable[[Tensor], Tensor], probabilities: Probabilities
 ) -> Iterator[tuple[Place, Winners]]:
-    """As ``decided``, but all logits are interpolated, and what they mean is told."""
+    """As ``decided``, but all logits are interpolated, and their probabilities handed out."""
     back = trace.native.to(trace.orientation).inverse
-    activate = torch.sigmoid if decide is _last_positive else partial(torch.softmax, dim=-1)
+    activate = torch.sigmoid if decide is last_positive else partial(torch.softmax, dim=-1)
     for place, logits in interpolated(slabs, trace.plan_shape, trace.box.shape, trace.orders):
         values = activate(logits).permute(3, 0, 1, 2).cpu().numpy()
         probabilities(_native_place(place, trace, back), np.ascontiguousarray(back.apply(values)))
@@ -344,6 +346,13 @@ def _letters(geometry: Geometry, plan: Plan) -> str:
     return "".join(orientation[axis] for axis in plan.axes)
 
 
+def _require_channels(volume: Volume, plan: Plan) -> None:
+    if len(volume.array) != len(plan.channels):
+        where = ", ".join(map(str, volume.paths)) or "image"
+        expected = f"{len(plan.channels)}: {', '.join(plan.channels)}"
+        raise InputError(where, f"has {len(volume.array)} channels", expected)
+
+
 def _require_fitting(previous: Mask | None, configuration: Configuration) -> None:
     if (previous is None) == (configuration.previous is None):
         return
@@ -360,19 +369,34 @@ def _indices(mask: Mask, volume: Volume, labels: Labels) -> NDArray[np.uint8]:
     return labels.to_indices(mask.array, where)
 
 
-def _straight(grid: Geometry) -> Geometry:
+def _orthogonal(grid: Geometry) -> Geometry:
     """The grid itself, or the nearest orthogonal one where it is sheared."""
     return grid.orthogonalised() if grid.is_sheared else grid
 
 
-def _sample(array: NDArray[Any], source: Geometry, target: Geometry, order: int, outside: str) -> NDArray[Any]:
-    """Values of (I, J, K) of the source grid at the voxels of the target grid; ``outside`` is scipy's mode."""
+def _sampled(array: NDArray[Any], source: Geometry, target: Geometry, order: int) -> Float32:
+    """An image (C, I, J, K) on the target grid; beyond the source grid its outermost voxels are repeated.
+
+    What is left of a neighbour whose weight is 0 but for rounding is 0: else it would count as body.
+    """
+    result = np.empty((len(array), *target.shape), dtype=np.float32)
+    for channel, out in zip(array, result, strict=True):
+        _sample(channel, source, target, order, "nearest", out)
+        least = 1e-6 * max(-out.min(), out.max())
+        for plane in out:
+            plane[np.abs(plane) < least] = 0
+    return result
+
+
+def _sample(
+    array: NDArray[Any], source: Geometry, target: Geometry, order: int, outside: str, result: NDArray[Any]
+) -> None:
+    """Fill ``result`` with values of (I, J, K) of the source grid at the voxels of the target grid.
+
+    With an ``order`` of 0 or 1 scipy makes no array besides. ``outside`` is its mode.
+    """
     matrix = np.linalg.inv(source.affine) @ target.affine
-    return np.asarray(
-        ndimage.affine_transform(
-            array, matrix[:3, :3], matrix[:3, 3], output_shape=target.shape, order=order, mode=outside
-        )
-    )
+    ndimage.affine_transform(array, matrix[:3, :3], matrix[:3, 3], output=result, order=order, mode=outside)
 
 
 def _matrix(affine: NDArray[np.float64]) -> Matrix:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -42,6 +43,10 @@ BLOCK = 32
 """Output voxels that one dense block of an operator makes: measured on 512 to 273 voxels, 24 to 32 take least time."""
 COLUMNS = 64
 """Columns that one block is multiplied with at once."""
+SAME = 1e-4
+"""Relative difference of two spacings that are one: files keep affines in float32, and so 3 mm as 3.0000002."""
+SAMPLE_BYTES = 150
+"""What a sample takes that is interpolated, besides its logits: neighbours, weights and what these are made from."""
 REACH = 13
 """Voxels beyond which a sample does not touch a cubic spline: its weight is below 1e-7 there, 0.27 to that power."""
 MIXED = 255
@@ -70,8 +75,8 @@ class Slab:
         axis: spatial axis (0, 1 or 2) that the planes are across.
         start, stop: planes.
         rows: first row and end of the rows, along the first of the other two axes.
-        logits: float32 (planes, rows, columns, classes), on the device of the network. Only valid until the next slab
-            is asked for: its memory is used again.
+        logits: float32 (planes, rows, columns, classes), where they are summed: on the device of the network, or on
+            the host. Only valid until the next slab is asked for: its memory is used again.
     """
 
     axis: int
@@ -81,26 +86,45 @@ class Slab:
     logits: Tensor
 
 
-def axis_orders(
-    spacing_from: Sequence[float], spacing_to: Sequence[float], resampling: Resampling, order: int, order_low: int
-) -> Orders:
-    """Spline order for each of three axes.
+def separate_axis(spacing_from: Sequence[float], spacing_to: Sequence[float], resampling: Resampling) -> int | None:
+    """The axis of low resolution that is resampled apart, or None.
 
-    All axes have ``order``, but the axis of low resolution has ``order_low``: with ``resampling.separate`` of "auto"
-    that of the first of the two grids that is anisotropic, if one is; with "always" that of ``spacing_from``. Where
-    several axes are equally coarse, none is treated apart (nnU-Net's rule).
+    With ``resampling.separate`` of "auto" that of the first of the two grids that is anisotropic, if one is; with
+    "always" that of ``spacing_from``. Where several axes are equally coarse, none is apart (nnU-Net's rule).
     """
+    limit = resampling.anisotropy * (1 + SAME)
     looked_at = {
         "never": [],
         "always": [spacing_from],
-        "auto": [s for s in (spacing_from, spacing_to) if max(s) / min(s) > resampling.anisotropy][:1],
+        "auto": [s for s in (spacing_from, spacing_to) if max(s) / min(s) > limit][:1],
     }[resampling.separate]
     for spacing in looked_at:
-        low = [axis for axis in range(3) if spacing[axis] == max(spacing)]
+        low = [axis for axis in range(3) if spacing[axis] > max(spacing) * (1 - SAME)]
         if len(low) == 1:
-            first, second, third = (order_low if axis == low[0] else order for axis in range(3))
-            return first, second, third
-    return order, order, order
+            return low[0]
+    return None
+
+
+def axis_orders(
+    spacing_from: Sequence[float], spacing_to: Sequence[float], resampling: Resampling, order: int, order_low: int
+) -> Orders:
+    """Spline order for each of three axes: ``order_low`` for that of ``separate_axis``, ``order`` for the others."""
+    separate = separate_axis(spacing_from, spacing_to, resampling)
+    first, second, third = (order_low if axis == separate else order for axis in range(3))
+    return first, second, third
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Index of the largest of the last axis, uint8; the first where several are equal."""
+    if logits.device.type == "cpu":  # numpy takes 0.6 of torch's time for 118 classes, as long for few
+        return torch.from_numpy(logits.numpy().argmax(axis=-1).astype(np.uint8))
+    return logits.argmax(dim=-1).to(torch.uint8)
+
+
+def last_positive(logits: Tensor) -> Tensor:
+    """1 + index of the last of the last axis that is positive, uint8: what is painted last is on top. 0: none is."""
+    numbers = torch.arange(1, logits.shape[-1] + 1, dtype=torch.uint8, device=logits.device)
+    return ((logits > 0) * numbers).amax(dim=-1)
 
 
 def resample_image(array: NDArray[Any], shape: Sequence[int], orders: Orders) -> Float32:
@@ -111,53 +135,55 @@ def resample_image(array: NDArray[Any], shape: Sequence[int], orders: Orders) ->
     return result
 
 
-def resample_into(result: Float32, source: Source, orders: Orders) -> None:
-    """Fill ``result`` (I', J', K') with a channel (I, J, K), of which a few planes are read at a time, each once.
+def resample_into(result: Float32, source: Source, orders: Orders, separate: int | None = None) -> None:
+    """Fill ``result`` (I', J', K') with a channel (I, J, K), of which a few planes are read at a time, none twice.
 
-    A cubic is clipped to the range of its input. Where one axis has an order of its own, each plane across it is
-    resampled by itself and clipped to its own range, as in nnU-Net.
+    A cubic is clipped to the range of its input. Where an axis is apart, each plane across it is resampled by itself
+    and clipped to its own range, and nothing is clipped afterwards, as in nnU-Net. That axis is ``separate``, or else
+    the one that has an order of its own.
     """
-    axis = _apart(orders)
+    separate = _odd_axis(orders) if separate is None else separate
+    axis = separate or 0
     order, *within = (orders[a] for a in _leading(axis))
-    clip_planes = 3 in within and order != 3
+    is_whole = separate is None and 3 in orders and result.shape != tuple(source.shape)
     target = result.transpose(_leading(axis))
+    if len(target) != source.shape[axis]:
+        target[...] = 0
     low, high = np.inf, -np.inf
-    window, first = np.empty((0, *target.shape[1:]), dtype=np.float32), 0
-    for rows, columns, matrix in _blocks(source.shape[axis], len(target), order):
-        window, first = window[columns.start - first :], columns.start
-        while first + len(window) < columns.stop:
-            planes = _read(source, axis, first + len(window), columns.stop)
-            if order == 3:
+    for voxels, samples, matrix in _column_blocks(source.shape[axis], len(target), order):
+        block = target[samples] if matrix is None else np.empty((len(voxels), *target.shape[1:]), dtype=np.float32)
+        done = 0
+        while done < len(voxels):
+            planes = _read(source, axis, voxels[done:])
+            if is_whole:
                 low, high = min(low, planes.min()), max(high, planes.max())
-            window = np.concatenate([window, _in_plane(planes, target.shape[1:], within, clip_planes)])
-        if matrix is None:
-            target[rows] = window
-        else:
-            _multiply(matrix, window.swapaxes(0, 1), target[rows].swapaxes(0, 1))
-    if order == 3 and result.shape != tuple(source.shape):
+            block[done : done + len(planes)] = _in_plane(planes, target.shape[1:], within, separate is not None)
+            done += len(planes)
+        if matrix is not None:
+            _multiply(matrix, block.swapaxes(0, 1), target[samples].swapaxes(0, 1), adds=True)
+    if is_whole:
         np.clip(result, low, high, out=result)
 
 
 def resample_labels(indices: Winners, shape: Sequence[int], orders: Orders) -> Winners:
     """Resample an index mask (I, J, K): each label by itself with ``orders`` (0 or 1), and the largest share wins.
 
-    Ties go to the smaller index. With orders of 0 this is nearest-neighbour resampling.
+    Of equal shares that of the nearest voxel wins; where it is not among them, the smallest index (nnU-Net's rule).
+    With orders of 0 this is nearest-neighbour resampling.
     """
     if tuple(shape) == indices.shape:
         return indices
-    one_hot = torch.eye(int(indices.max()) + 1)
-
-    def shares(plane: Tensor, neighbours: Tensor, weights: Tensor) -> Tensor:
-        return _weighted(one_hot, plane.reshape(-1)[neighbours.long()].int(), weights)
-
+    nearest = [_linear(size, new_size, 0)[0] for size, new_size in zip(indices.shape, shape, strict=True)]
+    result = indices[np.ix_(*nearest)]
     planes = (
         Slab(0, n, n + 1, (0, indices.shape[1]), torch.from_numpy(np.array(plane[np.newaxis], order="C")))
         for n, plane in enumerate(indices)
     )
-    result = np.empty(tuple(shape), dtype=np.uint8)
-    with _one_thread():
-        for cut in _cuts(planes, indices.shape, shape, orders):
-            result[cut.place] = cut.upright(cut.winners(lambda plane: plane, shares, _largest_share, len(one_hot)))
+    count = int(indices.max()) + 1
+    for cut in _cuts(planes, indices.shape, shape, orders):
+        plane = result[cut.place].reshape(-1)
+        for samples in _mixed(cut.agreed(lambda labels: labels), count):
+            plane[samples] = _largest_share(cut.shares(samples, count), plane[samples])
     return result
 
 
@@ -168,7 +194,7 @@ def decided(
 
     The result is that of interpolating all classes everywhere and deciding then (where two are equal but for rounding,
     either may win), the same for any cutting into slabs. Besides a slab there are two planes of logits, and
-    ``CHUNK_BYTES`` of interpolated ones.
+    ``CACHE_BYTES`` of interpolated ones.
 
     Args:
         slabs: of an array of ``plan_shape``.
@@ -176,14 +202,16 @@ def decided(
         shape: of the result, its axes in the same order.
         orders: 0 or 1 an axis.
         decide: logits (..., classes) -> winners (...) uint8. Logits that have one winner must have it in all their
-            weighted means too: so it is with the index of the largest, and with that of the last positive.
+            weighted means too: so it is with ``largest`` and with ``last_positive``. On the processor it is called in
+            another thread.
 
     Yields:
         places of the result and their winners; together they cover it, none twice.
     """
-    for cut in _cuts(slabs, plan_shape, shape, orders):
-        yield cut.place, cut.upright(cut.winners(decide, _interpolate, decide, cut.classes))
-        del cut  # and with it the logits, before the next slab is made
+    with _one_thread() as run:
+        for cut in _cuts(slabs, plan_shape, shape, orders):
+            yield cut.place, run(cut, functools.partial(_Cut.decided, decide=decide))
+            del cut  # and with it the logits, before the next slab is made
 
 
 def interpolated(
@@ -192,18 +220,16 @@ def interpolated(
     """Resample logits in bounded memory: as ``decided``, but all logits, as they are.
 
     Yields:
-        places of the result and their logits, float32 (i, j, k, classes): ``CHUNK_BYTES`` of them, or one row.
+        places of the result and their logits, float32 (i, j, k, classes): what of them ``CHUNK_BYTES`` hold with all
+        that they are made from, or one row.
     """
-    for cut in _cuts(slabs, plan_shape, shape, orders):
-        many = max(1, CHUNK_BYTES // (4 * cut.classes * cut.shape[1]))
-        for first in range(0, cut.shape[0], many):
-            rows = range(first, min(first + many, cut.shape[0]))
-            voxels = np.arange(rows.start * cut.shape[1], rows.stop * cut.shape[1])
-            with _one_thread():
-                logits = cut.at(voxels, _interpolate).reshape(len(rows), cut.shape[1], -1)
-            yield cut.part(rows), logits.unsqueeze(cut.axis)
-            del logits
-        del cut
+    with _one_thread() as run:
+        for cut in _cuts(slabs, plan_shape, shape, orders):
+            many = max(1, CHUNK_BYTES // ((4 * cut.classes + SAMPLE_BYTES) * cut.shape[1]))
+            for first in range(0, cut.shape[0], many):
+                rows = range(first, min(first + many, cut.shape[0]))
+                yield cut.part(rows), run(cut, functools.partial(_Cut.logits, rows=rows))
+            del cut
 
 
 @dataclass(frozen=True)
@@ -214,26 +240,32 @@ class _Line:
         linear: whether the upper neighbour counts at all.
     """
 
-    low: NDArray[np.int64]
-    high: NDArray[np.int64]
+    low: NDArray[np.int32]
+    high: NDArray[np.int32]
     weight: Float32
     linear: bool
 
     @classmethod
     def of(cls, size: int, new_size: int, order: int) -> _Line:
         """The samples that resample an axis of ``size`` to ``new_size``."""
-        return cls(*_linear(size, new_size, order), linear=order == 1 and size != new_size)
+        low, high, weight = _linear(size, new_size, order)
+        return cls(low.astype(np.int32), high.astype(np.int32), weight, linear=order == 1 and size != new_size)
 
     def within(self, rows: tuple[int, int], size: int) -> tuple[int, _Line]:
-        """The samples whose lower neighbour lies in a block of rows and not in the next, counted from its first row.
+        """The samples that a block of rows yields: those whose lower neighbour is in it, and not in the next block.
 
-        ``size`` is that of the axis. The first sample comes too.
+        Args:
+            rows: first row and end of the block. Its last row is the first of the next block, if there is one.
+            size: of the axis.
+
+        Returns:
+            The number of the first of these samples; and the samples, their neighbours counted from the first row.
         """
         start, stop = np.searchsorted(self.low, [rows[0], rows[1] - (rows[1] < size)])
         own = slice(start, stop)
         return int(start), _Line(self.low[own] - rows[0], self.high[own] - rows[0], self.weight[own], self.linear)
 
-    def neighbours(self, samples: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Float32]]:
+    def neighbours(self, samples: NDArray[np.int32]) -> list[tuple[NDArray[np.int32], Float32]]:
         """Each neighbour of some samples, with its weight."""
         low, weight = self.low[samples], self.weight[samples]
         return [(low, 1 - weight), (self.high[samples], weight)] if self.linear else [(low, np.ones_like(weight))]
@@ -281,7 +313,7 @@ class _Cut:
     first_row: int
     rows: _Line
     columns: _Line
-    planes: tuple[tuple[_Plane, float], ...]
+    planes: tuple[tuple[_Plane, np.float32], ...]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -304,48 +336,49 @@ class _Cut:
         place.insert(self.axis, slice(self.index, self.index + 1))
         return place[0], place[1], place[2]
 
-    def upright(self, winners: Winners) -> Winners:
-        """(rows, columns) with the axis across, as the result has it."""
-        return np.expand_dims(winners, self.axis)
+    def agreed(self, decide: Decide) -> Winners:
+        """The winner at every sample (rows * columns) all of whose neighbours have it, elsewhere ``MIXED``."""
+        winners = functools.reduce(_agreed, [plane.winners(decide) for plane, _ in self.planes])
+        return winners.take(self.rows.low, 0).take(self.columns.low, 1).ravel()
 
-    def winners(self, decide: Decide, between: Between, decide_between: Decide, classes: int) -> Winners:
-        """The winner at every sample (rows, columns).
+    def decided(self, decide: Decide) -> Winners:
+        """The winner at every sample: what all neighbours agree on, or what is decided of interpolated logits.
 
-        ``decide`` says it of planes; ``between`` gives so many ``classes`` where their voxels differ, and
-        ``decide_between`` says it of these.
+        Of the result's axes: (1, rows, columns), (rows, 1, columns) or (rows, columns, 1).
         """
-        with _one_thread():
-            agreed = functools.reduce(_agreed, [plane.winners(decide) for plane, _ in self.planes])
-            result = agreed.take(self.rows.low, 0).take(self.columns.low, 1).ravel()
-            mixed = np.flatnonzero(result == MIXED)
-            many = max(1, CACHE_BYTES // (4 * classes))
-            for start in range(0, len(mixed), many):
-                samples = mixed[start : start + many]
-                result[samples] = decide_between(self.at(samples, between)).cpu().numpy()
-        return result.reshape(self.shape)
+        result = self.agreed(decide)
+        for samples in _mixed(result, self.classes):
+            result[samples] = decide(self.logits_at(samples)).cpu().numpy()
+        return np.expand_dims(result.reshape(self.shape), self.axis)
 
-    def at(self, samples: NDArray[np.int64], between: Between) -> Tensor:
-        """Values (n, classes) at some samples, counted along the rows."""
-        row, column = np.divmod(samples, self.shape[1])
-        width = self.planes[0][0].values.shape[1]
-        corners = [
-            (r * width + c, of_row * of_column)
-            for (r, of_row), (c, of_column) in itertools.product(
-                self.rows.neighbours(row), self.columns.neighbours(column)
-            )
-        ]
-        device = self.planes[0][0].values.device
-        voxels = torch.from_numpy(np.stack([voxel for voxel, _ in corners], axis=1).astype(np.int32)).to(device)
-        weights = np.stack([weight for _, weight in corners], axis=1)
-        parts = [
-            between(plane.values, voxels, torch.from_numpy(weights * np.float32(share)).to(device))
-            for plane, share in self.planes
-        ]
+    def logits(self, rows: range) -> Tensor:
+        """All logits of some rows, of the result's axes and (classes)."""
+        samples = np.arange(rows.start * self.shape[1], rows.stop * self.shape[1], dtype=np.int32)
+        return self.logits_at(samples).reshape(len(rows), self.shape[1], -1).unsqueeze(self.axis)
+
+    def logits_at(self, samples: NDArray[np.int32]) -> Tensor:
+        """Logits (n, classes) at some samples, counted along the rows."""
+        voxels, weights = self._neighbours(samples)
+        parts = [_interpolate(plane.values, voxels, weights * share) for plane, share in self.planes]
         return functools.reduce(Tensor.add_, parts)
 
+    def shares(self, samples: NDArray[np.int32], count: int) -> NDArray[Any]:
+        """Of planes of labels below ``count``: the share (count, n) that each has at some samples."""
+        voxels, weights = self._neighbours(samples)
+        n = len(samples)
+        parts = []
+        for plane, share in self.planes:
+            places = plane.values.numpy().ravel()[voxels].astype(np.intp) * n + np.arange(n)[:, np.newaxis]
+            parts.append(np.bincount(places.ravel(), (weights * share).ravel(), count * n))
+        return functools.reduce(np.add, parts).reshape(count, n)
 
-Between = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A plane, its voxels (n, neighbours) counted along the rows, and their weights -> values (n, classes)."""
+    def _neighbours(self, samples: NDArray[np.int32]) -> tuple[NDArray[np.int32], Float32]:
+        """Voxels (n, m) of a plane around each sample, counted along its rows, and their weights."""
+        row, column = np.divmod(samples, np.int32(self.shape[1]))
+        width = np.int32(self.planes[0][0].values.shape[1])
+        corners = list(itertools.product(self.rows.neighbours(row), self.columns.neighbours(column)))
+        voxels = np.stack([r * width + c for (r, _), (c, _) in corners], axis=1)
+        return voxels, np.stack([of_row * of_column for (_, of_row), (_, of_column) in corners], axis=1)
 
 
 def _cuts(slabs: Iterable[Slab], plan_shape: Sequence[int], shape: Sequence[int], orders: Orders) -> Iterator[_Cut]:
@@ -361,10 +394,10 @@ def _cuts(slabs: Iterable[Slab], plan_shape: Sequence[int], shape: Sequence[int]
         if slab.start == 0:  # of the next block of rows
             planes, done = {}, 0
         planes |= {slab.start + n: _Plane(plane, linear) for n, plane in enumerate(slab.logits)}
-        between: tuple[tuple[_Plane, float], ...] = ()
+        between: tuple[tuple[_Plane, np.float32], ...] = ()
         while done < len(across.low) and across.high[done] < slab.stop:
             sides = [(across.low[done], 1 - across.weight[done]), (across.high[done], across.weight[done])]
-            between = tuple((planes[n], float(share)) for n, share in sides if share > 0)
+            between = tuple((planes[n], share) for n, share in sides if share > 0)
             if len(rows.low):
                 yield _Cut(slab.axis, done, first_row, rows, lines[along], between)
             done += 1
@@ -373,37 +406,54 @@ def _cuts(slabs: Iterable[Slab], plan_shape: Sequence[int], shape: Sequence[int]
         del slab, last, between
 
 
+def _mixed(winners: Winners, classes: int) -> Iterator[NDArray[np.int32]]:
+    """The samples that are ``MIXED``, as many at a time as are interpolated at once."""
+    samples = np.flatnonzero(winners == MIXED).astype(np.int32)
+    many = max(1, CACHE_BYTES // (4 * classes + SAMPLE_BYTES))
+    for start in range(0, len(samples), many):
+        yield samples[start : start + many]
+
+
+Run = Callable[[_Cut, Callable[[_Cut], Any]], Any]
+
+
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for torch's work on the processor: it is in pieces of half a millisecond.
+def _one_thread() -> Iterator[Run]:
+    """What calls a function of a cut in a thread of its own, for which torch's number of threads is 1.
 
-    Beside other work on the same cores, two threads that wait for each other at the end of each piece took ten times
-    as long as one.
+    The work on the processor is in pieces of half a millisecond. Beside other work on the same cores, two threads that
+    wait for each other at the end of each piece took ten times as long as one. ``torch.set_num_threads`` holds for the
+    thread that calls it, and for those in which torch is used for the first time afterwards: for these it is put back
+    at once. Logits on another device are not touched by all this (a stream belongs to a thread).
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
+    with ThreadPoolExecutor(1) as pool:
+
+        def run(cut: _Cut, function: Callable[[_Cut], Any]) -> Any:
+            if cut.planes[0][0].values.device.type != "cpu":
+                return function(cut)
+            return pool.submit(function, cut).result()
+
+        pool.submit(torch.get_num_threads).result()  # the first use, which takes over what is set
+        threads = torch.get_num_threads()
+        pool.submit(torch.set_num_threads, 1).result()
         torch.set_num_threads(threads)
+        yield run
 
 
-def _interpolate(plane: Tensor, voxels: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of logits (rows, columns, classes)."""
-    return _weighted(plane.reshape(-1, plane.shape[-1]), voxels, weights)
+def _interpolate(plane: Tensor, voxels: NDArray[np.int32], weights: Float32) -> Tensor:
+    """Sums (n, classes) of logits (rows, columns, classes) at some voxels (n, m), times their weights.
 
-
-def _weighted(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sums (n, classes) of the given rows (n, m) of a table, times their weights.
-
-    An embedding bag is 5 times as fast as gathering and adding (118 classes, one thread), and makes no copy of rows.
+    An embedding bag is 5 times as fast as gathering and adding (118 classes, one thread), and makes no copy of logits.
     """
-    return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+    rows, shares = torch.from_numpy(voxels).to(plane.device), torch.from_numpy(weights).to(plane.device)
+    return F.embedding_bag(rows, plane.reshape(-1, plane.shape[-1]), per_sample_weights=shares, mode="sum")
 
 
-def _largest_share(shares: Tensor) -> Tensor:
-    """The first index whose share is the largest but for rounding."""
-    return (shares > shares.amax(dim=-1, keepdim=True) - 1e-5).to(torch.uint8).argmax(dim=-1).to(torch.uint8)
+def _largest_share(shares: NDArray[Any], nearest: Winners) -> Winners:
+    """The label whose share of (labels, n) is the largest but for rounding; of several the nearest, else the first."""
+    is_largest = shares > shares.max(axis=0) - 1e-5
+    is_nearest = is_largest[nearest, np.arange(len(nearest))]
+    return np.where(is_nearest, nearest, is_largest.argmax(axis=0).astype(np.uint8))
 
 
 def _agreed(one: Winners, other: Winners) -> Winners:
@@ -411,11 +461,13 @@ def _agreed(one: Winners, other: Winners) -> Winners:
     return np.where(one == other, one, np.uint8(MIXED))
 
 
-def _read(source: Source, axis: int, start: int, stop: int) -> Float32:
-    """Planes across an axis, from ``start`` on as many as fit in a chunk, contiguous."""
+def _read(source: Source, axis: int, voxels: NDArray[np.int64]) -> Float32:
+    """Planes across an axis, contiguous: of those asked for the first, and as many that follow it as a chunk holds."""
     many = max(1, CHUNK_BYTES // (4 * max(1, int(np.prod(source.shape)) // source.shape[axis])))
+    gaps = np.flatnonzero(np.diff(voxels[:many]) > 1)
+    start, count = int(voxels[0]), int(gaps[0]) + 1 if len(gaps) else len(voxels[:many])
     place = [slice(None)] * 3
-    place[axis] = slice(start, min(stop, start + many))
+    place[axis] = slice(start, start + count)
     return np.ascontiguousarray(source[place[0], place[1], place[2]].transpose(_leading(axis)), dtype=np.float32)
 
 
@@ -439,28 +491,28 @@ def _in_plane(planes: Float32, shape: Sequence[int], orders: Sequence[int], clip
     return result
 
 
-def _multiply(matrix: Float32, planes: Float32, result: Float32) -> None:
-    """Fill ``result`` (n, rows, columns) with the product of a matrix (rows, m) and planes (n, m, columns).
+def _multiply(matrix: Float32, planes: Float32, result: Float32, adds: bool = False) -> None:
+    """Fill ``result`` (n, rows, columns) with the product of a matrix (rows, m) and planes (n, m, columns), or add it.
 
     In parts so small that the BLAS starts no threads: beside a network at work they take four times as long as one.
     """
-    for start in range(0, planes.shape[2], COLUMNS):
-        columns = slice(start, start + COLUMNS)
-        np.matmul(matrix, planes[:, :, columns], out=result[:, :, columns])
+    for row, column in itertools.product(range(0, len(matrix), BLOCK), range(0, planes.shape[2], COLUMNS)):
+        rows, columns = slice(row, row + BLOCK), slice(column, column + COLUMNS)
+        if adds:
+            result[:, rows, columns] += np.matmul(matrix[rows], planes[:, :, columns])
+        else:
+            np.matmul(matrix[rows], planes[:, :, columns], out=result[:, rows, columns])
 
 
 def cubic_operator(size: int, new_size: int) -> Float32:
     """The matrix (new_size, size) that resamples a line by a cubic spline, its prefilter and edge rule folded in."""
-    first, weights = _band(size, new_size, 3)
-    operator = np.zeros((new_size, size), dtype=np.float64)
-    columns = np.clip(first[:, np.newaxis] + np.arange(weights.shape[1]), 0, size - 1)
-    np.add.at(operator, (np.arange(new_size)[:, np.newaxis], columns), weights)
-    return operator.astype(np.float32)
+    voxels, weights = _band(size, new_size, 3)
+    return _matrix(np.arange(new_size)[:, np.newaxis], voxels, weights, (new_size, size))
 
 
-def _apart(orders: Orders) -> int:
-    """The axis that has an order of its own; the first where none has."""
-    return next((axis for axis in range(3) if orders.count(orders[axis]) == 1 < len(set(orders)) < 3), 0)
+def _odd_axis(orders: Orders) -> int | None:
+    """The axis that has an order of its own where the other two have one."""
+    return next((axis for axis in range(3) if orders.count(orders[axis]) == 1 < len(set(orders)) < 3), None)
 
 
 def _leading(axis: int) -> tuple[int, int, int]:
@@ -469,44 +521,66 @@ def _leading(axis: int) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _blocks(size: int, new_size: int, order: int) -> list[tuple[slice, slice, Any]]:
-    """The operator that resamples a line of ``size`` voxels, cut into blocks of rows: rows, columns, matrix (float32).
-
-    The columns of all blocks together are all columns, in order. Where nothing is to be resampled the matrix is None.
-    """
-    if size == new_size:
-        return [(place, place, None) for place in (slice(n, min(n + BLOCK, size)) for n in range(0, size, BLOCK))]
-    first, weights = _band(size, new_size, order)
-    columns = np.clip(first[:, np.newaxis] + np.arange(weights.shape[1]), 0, size - 1)
+def _blocks(size: int, new_size: int, order: int) -> list[tuple[slice, slice, Float32]]:
+    """The operator that resamples a line of ``size`` voxels, cut into blocks of rows: rows, columns, matrix."""
+    voxels, weights = _band(size, new_size, order)
     blocks = []
-    stop = 0
     for start in range(0, new_size, BLOCK):
         rows = slice(start, min(start + BLOCK, new_size))
-        left = min(int(columns[rows].min()), stop)
-        stop = size if rows.stop == new_size else int(columns[rows].max()) + 1
-        matrix = np.zeros((rows.stop - start, stop - left))
-        np.add.at(matrix, (np.arange(len(matrix))[:, np.newaxis], columns[rows] - left), weights[rows])
-        blocks.append((rows, slice(left, stop), matrix.astype(np.float32)))
+        columns = slice(int(voxels[rows].min()), int(voxels[rows].max()) + 1)
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        matrix = _matrix(np.arange(shape[0])[:, np.newaxis], voxels[rows] - columns.start, weights[rows], shape)
+        blocks.append((rows, columns, matrix))
     return blocks
 
 
-def _band(size: int, new_size: int, order: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """For each new sample the first voxel that counts, and the weights (new_size, n) of this and the next n - 1.
+@functools.lru_cache(maxsize=64)
+def _column_blocks(size: int, new_size: int, order: int) -> list[tuple[NDArray[np.int64], slice, Float32 | None]]:
+    """The same operator, cut into blocks of columns whose products are added: columns, rows, matrix (rows, columns).
 
-    A voxel beyond the border stands for the outermost. Weights of a sample add up to 1.
+    Columns without any weight are left out; those of a cubic are all there, as their values are its range. Where
+    nothing is to be resampled the matrix is None.
+    """
+    if size == new_size:
+        ends = [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+        return [(np.arange(*place), slice(*place), None) for place in ends]
+    voxels, weights = _band(size, new_size, order)
+    all_columns = np.arange(size) if order == 3 else np.unique(voxels[weights != 0])
+    blocks: list[tuple[NDArray[np.int64], slice, Float32 | None]] = []
+    for start in range(0, len(all_columns), BLOCK):
+        columns = all_columns[start : start + BLOCK]
+        row, entry = np.nonzero((voxels >= columns[0]) & (voxels <= columns[-1]) & (weights != 0))
+        rows = slice(int(row.min()), int(row.max()) + 1) if len(row) else slice(0, 0)
+        column = np.searchsorted(columns, voxels[row, entry])
+        shape = (rows.stop - rows.start, len(columns))
+        blocks.append((columns, rows, _matrix(row - rows.start, column, weights[row, entry], shape)))
+    return blocks
+
+
+def _matrix(rows: NDArray[Any], columns: NDArray[Any], weights: NDArray[Any], shape: tuple[int, int]) -> Float32:
+    """A matrix of the sums of weights that fall on each place."""
+    matrix = np.zeros(shape)
+    np.add.at(matrix, (rows, columns), weights)
+    return matrix.astype(np.float32)
+
+
+def _band(size: int, new_size: int, order: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """For each new sample the voxels that count (new_size, n), and their weights, which add up to 1.
+
+    What is beyond the border is the outermost voxel, which so may be there several times.
     """
     if order < 3:
-        low, _, weight = _linear(size, new_size, order)
-        return low, np.stack([1.0 - weight, weight], axis=1)
+        low, high, weight = _linear(size, new_size, order)
+        return np.stack([low, high], axis=1), np.stack([1.0 - weight, weight], axis=1)
     place = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
     voxel = np.floor(place).astype(np.int64)
     t = place - voxel
     # Cubic B-splines at the sample, of the four voxels around it
     splines = np.stack([(1 - t) ** 3, 4 - 6 * t**2 + 3 * t**3, 1 + 3 * t + 3 * t**2 - 3 * t**3, t**3], axis=1) / 6
     # Their coefficients, by the inverse of the sampled B-spline: sqrt(3) z^|n|, z = sqrt(3) - 2 (Unser 1999, "Splines")
-    near = np.arange(-1, 3)[:, np.newaxis] - np.arange(1 - REACH, 1 + REACH)
-    weights = splines @ (np.sqrt(3) * (np.sqrt(3) - 2) ** np.abs(near))
-    return voxel + 1 - REACH, weights / weights.sum(axis=1, keepdims=True)
+    reach = np.arange(1 - REACH, 1 + REACH)
+    weights = splines @ (np.sqrt(3) * (np.sqrt(3) - 2) ** np.abs(np.arange(-1, 3)[:, np.newaxis] - reach))
+    return np.clip(voxel[:, np.newaxis] + reach, 0, size - 1), weights / weights.sum(axis=1, keepdims=True)
 
 
 @functools.lru_cache(maxsize=256)

@@ -370,10 +370,43 @@ def test_a_sheared_grid_is_left_as_it_is_stored() -> None:
     plan = make_plan((None,) * 3, orientation=STORED, normalisation=(Normalisation(scheme="none"),))
     ready = prepared(Volume(image, grid), plan)
     assert grid.is_sheared
-    assert not ready.trace.straight
+    assert not ready.trace.orthogonal
     np.testing.assert_array_equal(ready.image, image.transpose(0, 3, 2, 1))
     assert restore(bright(ready), ready.trace, plan).shape == grid.shape
     assert prepared(Volume(image, grid), make_plan((None,) * 3)).trace.plan_shape != (7, 6, 5)
+
+
+@pytest.mark.parametrize("orientation", ["RAS", STORED])
+def test_a_body_on_a_sheared_grid_has_no_rings_around_it(orientation: str) -> None:
+    """A bright cube in zeros, 10 of 40 voxels a side: its crop has a voxel more on each side, and what shear moves."""
+    grid = Geometry((40, 40, 40), affine_of((1, 1, 1), (0.1, 0.2, 0.3), 0.35))
+    image = np.zeros((1, 40, 40, 40), dtype=np.int16)
+    image[0, 15:25, 15:25, 15:25] = 1000
+    rule = Normalisation(scheme="zscore", nonzero_only=True)
+    ready = prepared(Volume(image, grid), make_plan((None,) * 3, orientation=orientation, normalisation=(rule,)))
+    assert max(ready.trace.box.shape) <= 10 + 2 + 0.36 * 10
+    assert (ready.image != 0).sum() <= (10 + 2) ** 2 * (10 + 2 + 0.36 * 10)
+    none = make_plan((None,) * 3, orientation=orientation, normalisation=(Normalisation(scheme="none"),))
+    values = prepared(Volume(image, grid), none).image
+    assert (values.min(), values.max()) == (1000 if orientation == STORED else 0, 1000)
+    if orientation != STORED:
+        assert ((values % 1) != 0).any()  # not rounded to the type of the file
+        assert values.sum() == pytest.approx(1000 * 10**3 / np.sqrt(1 + 0.35**2), rel=0.05)
+
+
+def test_another_number_of_channels_than_the_plan_has_is_refused() -> None:
+    plan = make_plan((1, 1, 1), normalisation=(ZSCORE, ZSCORE))
+    for channels in (1, 3):
+        with pytest.raises(InputError, match=f"has {channels} channels.*2: 0, 1"):
+            prepared(Volume(np.ones((channels, 2, 2, 2)), Geometry((2, 2, 2), np.eye(4))), plan)
+
+
+def test_the_body_takes_five_bytes_a_voxel() -> None:
+    array = np.random.default_rng(0).choice(np.array([0, 1], dtype=np.int16), (1, 64, 256, 256), p=[0.01, 0.99])
+    tracemalloc.start()
+    preprocess._body(array)
+    assert tracemalloc.get_traced_memory()[1] < 5.5 * array.size
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("spacing", [(2.0, None, None), (None, None, 0.5), (None, None, None)])

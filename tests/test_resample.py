@@ -6,6 +6,7 @@ import itertools
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from medseg import resample
+from medseg.geometry import Geometry
 from medseg.plan import Resampling
 from medseg.resample import (
     Orders,
@@ -27,6 +29,8 @@ from medseg.resample import (
     cubic_operator,
     decided,
     interpolated,
+    largest,
+    last_positive,
     resample_image,
     resample_into,
     resample_labels,
@@ -112,7 +116,9 @@ def test_any_orders_equal_the_reference(shape: Orders, new: Orders, orders: Orde
     expected = reference(array, new, orders)
     alone = [axis for axis in range(3) if orders.count(orders[axis]) == 1]
     if 3 in orders and shape != new:
-        if alone and orders[alone[0]] != 3:  # each plane is resampled and clipped by itself, then these are
+        if alone and orders[alone[0]] == 3:  # planes that are not cubic stay in their range; what is between may not
+            pass
+        elif alone:  # each plane is resampled and clipped by itself, then these are
             axis = alone[0]
             others = tuple(a for a in range(3) if a != axis)
             within = [n if a == axis else m for a, (n, m) in enumerate(zip(shape, new, strict=True))]
@@ -179,7 +185,10 @@ def test_an_image_read_plane_by_plane_is_the_same_bit_for_bit(
     source, found = Counted(array), np.empty((depth, 17, 33), dtype=np.float32)
     resample_into(found, source, orders)
     np.testing.assert_array_equal(found, expected)
-    assert source.reads.tolist() == [1] * 90
+    low = np.floor((np.arange(depth) + 0.5) * 90 / depth - 0.5).clip(0, 89)
+    picked = {0: np.rint((np.arange(depth) + 0.5) * 90 / depth - 0.5 + 1e-9), 1: np.append(low, low + 1), 3: range(90)}
+    assert set(np.flatnonzero(source.reads)) == set(np.clip(picked[orders[0]], 0, 89).astype(int))
+    assert source.reads.max() == 1
 
 
 @pytest.mark.parametrize("orders", [(3, 3, 3), (1, 1, 1), (3, 3, 0)])
@@ -191,6 +200,44 @@ def test_a_large_image_is_never_there_twice(orders: Orders, monkeypatch: pytest.
     resample_image(array, (100, 100, 100), orders)
     assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("orders", [(3, 3, 3), (0, 3, 3), (1, 1, 1), (3, 1, 1)])
+@pytest.mark.parametrize("planes", [400, 31, 30, 5])
+def test_thin_slices_made_thick_are_never_there_at_once(
+    orders: Orders, planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """400 planes to 30, as of thin slices to 5 mm: the values are the same, and a part of 32 planes is held."""
+    monkeypatch.setattr(resample, "CHUNK_BYTES", 2**18)
+    array = np.random.default_rng(0).normal(size=(400, 64, 64)).astype(np.float32)
+    result = np.empty((planes, 64, 64), dtype=np.float32)
+    resample_into(result, array, orders)  # so that all operators are there
+    tracemalloc.start()
+    resample_into(result, array, orders)
+    assert tracemalloc.get_traced_memory()[1] < 64 * 64 * 4 * (32 + 16) + 2 * 2**18 + 2**20
+    tracemalloc.stop()
+    expected = reference(array, result.shape, (orders[0], 0, 0))
+    if orders == (3, 3, 3):
+        expected = expected.clip(array.min(), array.max())
+    np.testing.assert_allclose(result, expected, atol=1e-5 * np.ptp(array))
+
+
+def test_planes_that_are_not_picked_are_not_read() -> None:
+    source = Counted(np.random.default_rng(0).normal(size=(130, 6, 5)).astype(np.float32))
+    result = np.empty((10, 9, 8), dtype=np.float32)
+    resample_into(result, source, (0, 3, 3))
+    assert np.flatnonzero(source.reads).tolist() == list(range(6, 130, 13))
+
+
+@pytest.mark.parametrize("orders", [(3, 3, 3), (3, 1, 1), (0, 3, 3)])
+def test_a_cubic_along_an_axis_apart_is_not_clipped(orders: Orders) -> None:
+    """As nnU-Net's ``order_z``: each plane is clipped by itself, and then nothing any more."""
+    step = np.zeros((6, 2, 2), dtype=np.float32)
+    step[3:] = 1
+    found = np.empty((13, 2, 2), dtype=np.float32)
+    resample_into(found, step, orders, 0)
+    assert (found.max() > 1.03, found.min() < -0.03) == (orders[0] == 3,) * 2
+    np.testing.assert_allclose(found[:, 0, 0], reference(step, (13, 2, 2), orders)[:, 0, 0], atol=1e-5)
 
 
 def test_each_channel_of_a_cubic_is_clipped_to_its_own_range() -> None:
@@ -240,12 +287,27 @@ def test_whether_an_axis_is_apart_can_be_said(
     assert axis_orders(spacing_from, spacing_to, Resampling(separate=separate), 3, 1) == expected
 
 
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 3.0), (0.8, 5.0, 5.0), (2.0, 2.0, 2.0), (1.0, 5.0, 1.0)])
+def test_spacings_of_oblique_scans_are_compared_but_for_rounding(spacing: tuple[float, float, float]) -> None:
+    """The spacing of an affine in float32 is right to seven digits; the rule is that of the spacing that is meant."""
+    turns = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 3, 3)))[0]
+    found = [Geometry((2, 2, 2), np.eye(4)).spacing]
+    for turn in turns:
+        affine = np.eye(4, dtype=np.float32)
+        affine[:3, :3] = turn * spacing
+        found.append(Geometry((2, 2, 2), affine).spacing)
+    assert spacing not in found  # as it is meant, but for rounding
+    orders = {axis_orders(one, (1, 1, 1), Resampling(separate=s), 3, 0) for one in found[1:] for s in ("auto", "never")}
+    assert orders == {(3, 3, 3), (3, 0 if spacing == (1.0, 5.0, 1.0) else 3, 3)}
+
+
 def test_labels_by_hand() -> None:
     line = np.array([0, 1, 2], dtype=np.uint8).reshape(3, 1, 1)
     # Six samples lie at -1/4, 1/4, 3/4, 5/4, 7/4 and 9/4 of the old indices: the nearest label has 3/4 of the weight
     assert resample_labels(line, (6, 1, 1), (1, 1, 1)).ravel().tolist() == [0, 0, 1, 1, 2, 2]
-    # The one sample of two lies between them: a tie, which goes to the smaller index
+    # The one sample of two lies between them: a tie, which goes to the nearest, that of halves that are rounded up
     assert resample_labels(np.array([2, 1], dtype=np.uint8).reshape(2, 1, 1), (1, 1, 1), (1, 1, 1)).item() == 1
+    assert resample_labels(np.array([1, 2], dtype=np.uint8).reshape(2, 1, 1), (1, 1, 1), (1, 1, 1)).item() == 2
     assert resample_labels(line, (1, 1, 1), (0, 0, 0)).item() == 1
 
 
@@ -263,9 +325,24 @@ def test_labels_are_those_of_the_largest_share(
 
 
 def test_shares_that_are_equal_but_for_rounding_are_a_tie() -> None:
-    """The middle of five samples of two voxels has a half of each; thirds and sixths do not add up in binary."""
+    """The middle of five samples of two voxels has a half of each; thirds and sixths do not add up in binary.
+
+    The nearest voxel is the upper one, as of halves that are rounded up.
+    """
     line = np.array([2, 1, 1, 2], dtype=np.uint8).reshape(1, 2, 2)
-    assert resample_labels(line, (3, 3, 3), (1, 1, 1))[:, 1].tolist() == [[1, 1, 1]] * 3
+    assert resample_labels(line, (3, 3, 3), (1, 1, 1))[:, 1].tolist() == [[1, 2, 2]] * 3
+
+
+def test_of_tied_labels_that_of_the_nearest_voxel_wins() -> None:
+    """A cube of two voxels an axis and a sample at its middle, whose nearest voxel is the last."""
+    cube = np.array([3, 1, 1, 1, 2, 2, 2, 3], dtype=np.uint8).reshape(2, 2, 2)
+    assert resample_labels(cube, (1, 1, 1), (1, 1, 1)).item() == 1  # 1 and 2 tie at 3/8, and 3 has 2/8
+    assert resample_labels(4 - cube, (1, 1, 1), (1, 1, 1)).item() == 2
+    cube[0, 0, 0] = 2
+    assert resample_labels(cube, (1, 1, 1), (1, 1, 1)).item() == 2  # half of all
+    cube = np.array([2, 2, 1, 1, 1, 1, 2, 2], dtype=np.uint8).reshape(2, 2, 2)
+    assert resample_labels(cube, (1, 1, 1), (1, 1, 1)).item() == 2
+    assert resample_labels(3 - cube, (1, 1, 1), (1, 1, 1)).item() == 1
 
 
 def test_labels_of_many_values_on_a_turned_array() -> None:
@@ -273,14 +350,6 @@ def test_labels_of_many_values_on_a_turned_array() -> None:
     turned = indices[::-1].transpose(2, 1, 0)
     found = resample_labels(turned, (1, 2, 254), (1, 1, 1))
     np.testing.assert_array_equal(found, np.repeat(turned, 2, axis=2))
-
-
-def largest(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=-1).to(torch.uint8)
-
-
-def last_positive(logits: Tensor) -> Tensor:
-    return ((logits > 0) * torch.arange(1, logits.shape[-1] + 1)).amax(dim=-1).to(torch.uint8)
 
 
 def cut(logits: NDArray[np.float32], cuts: Iterable[int] = (), axis: int = 0, blocks: int = 1) -> Iterator[Slab]:
@@ -370,8 +439,8 @@ def test_a_volume_of_many_classes_against_torch(decide: Callable[[Tensor], Tenso
 def test_only_where_neighbours_differ_all_classes_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two halves: of 40 planes across the border between them, the two beside it are looked at more closely."""
     asked = []
-    weighted = resample._weighted
-    monkeypatch.setattr(resample, "_weighted", lambda t, rows, w: asked.append(len(rows)) or weighted(t, rows, w))
+    interpolate = resample._interpolate
+    monkeypatch.setattr(resample, "_interpolate", lambda p, v, w: asked.append(len(v)) or interpolate(p, v, w))
     logits = np.zeros((2, 20, 6, 6), dtype=np.float32)
     logits[1] = np.linspace(-9.5, 9.5, 20).reshape(-1, 1, 1)
     found = joined(decided(cut(logits), (20, 6, 6), (40, 12, 12), (1, 1, 1), largest), (40, 12, 12))
@@ -389,6 +458,31 @@ def test_slabs_shrunk_and_stretched_far(depth: int, new: int, order: int, axis: 
     whole = np.stack([reference(channel, tuple(target), tuple(orders)) for channel in logits])
     pieces = decided(cut(logits, range(depth), axis), shape, target, (orders[0], orders[1], orders[2]), largest)
     np.testing.assert_array_equal(joined(pieces, target), whole.argmax(axis=0))
+
+
+def test_winners_by_hand() -> None:
+    logits = torch.tensor([[-1, -1, -2], [3, 3, -1], [0, 1, 5], [1, -1, 1]], dtype=torch.float32)
+    assert (largest(logits).tolist(), last_positive(logits).tolist()) == ([0, 0, 2, 0], [0, 2, 3, 3])
+    assert largest(logits).dtype == last_positive(logits).dtype == torch.uint8
+
+
+def test_threads_of_torch_are_left_as_they_are() -> None:
+    """One where logits are decided; in the caller, and where torch is used for the first time, as many as before."""
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+
+    def decide(logits: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as other:
+            found.append((torch.get_num_threads(), other.submit(torch.get_num_threads).result()))
+        return largest(logits)
+
+    logits = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    try:
+        for _ in decided(cut(logits), (4, 4, 4), (8, 8, 8), (1, 1, 1), decide):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(found) == {(1, 2)}
 
 
 def test_of_equal_logits_the_first_class_wins() -> None:
@@ -427,7 +521,7 @@ def test_a_slab_is_let_go_before_the_next_is_made(new: int) -> None:
 def test_logits_are_interpolated_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float32)
     whole = joined(interpolated(cut(logits), (4, 5, 6), (7, 8, 9), (1, 1, 1)), (7, 8, 9))
-    monkeypatch.setattr(resample, "CHUNK_BYTES", 4 * 3 * 9 * 2)
+    monkeypatch.setattr(resample, "CHUNK_BYTES", (4 * 3 + resample.SAMPLE_BYTES) * 9 * 2)
     pieces = list(interpolated(cut(logits), (4, 5, 6), (7, 8, 9), (1, 1, 1)))
     assert {piece.shape for _, piece in pieces} == {(1, 2, 9, 3)}
     np.testing.assert_array_equal(joined(pieces, (7, 8, 9)), whole)
