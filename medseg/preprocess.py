@@ -292,7 +292,7 @@ def _body(array: NDArray[Any]) -> NDArray[np.bool_]:
         for end in (0, -1):
             is_open[pieces.take(end, axis)] = True
     is_open[0] = False  # the body itself
-    for plane, numbers in zip(body, pieces, strict=True):  # an index of all would take 8 bytes a voxel
+    for plane, numbers in zip(body, pieces, strict=True):  # in place: no third array
         plane[...] = ~is_open[numbers]
     return body.reshape(array.shape[1:])
 
