@@ -32,7 +32,7 @@ from medseg.preprocess import GridTrace, Prepared, prepare
 from medseg.progress import Progress, silent, track
 from medseg.records import Record, digest_file, digest_of, replacing
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Part of every digest: raise it when the meaning of the stored arrays changes."""
 
 MAX_COORDINATES = 10_000

@@ -13,7 +13,7 @@ from monai.utils import BlendMode, PytorchPadMode, ensure_tuple_rep, fall_back_t
 from torch import Tensor
 
 from medseg.errors import InputError
-from medseg.resample import Slab
+from medseg.resample import Slab, largest
 from medseg.sliding_window import Network, Tiling, as_slices, roll, rolling_axis, three_axes
 
 
@@ -178,7 +178,7 @@ class SlabInferer(Inferer):
             return logits
         if logits.shape[-1] > 256:
             raise InputError("network", f"gives {logits.shape[-1]} classes", "at most 256 for argmax")
-        return logits.argmax(dim=-1, keepdim=True).to(torch.uint8)
+        return largest(logits).unsqueeze(-1)
 
 
 def _bar() -> Callable[[Iterator[Any]], Iterator[Any]]:
