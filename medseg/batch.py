@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-import medseg
 from medseg import io
-from medseg.cases import Shard, files_of, find_cases, mask_name, probability_name
+from medseg.cases import Shard, files_of, find_cases, mask_name, probability_name, require_apart
 from medseg.dataset import Case
 from medseg.errors import InputError, MedsegError
 from medseg.io import nifti
@@ -70,8 +69,7 @@ def predict_cases(
 
     A case that fails is recorded with its reason, and the others are done. A case whose files are there and were made
     from the same input, model and settings (by digest) is kept. A file that was not written here, or was changed since,
-    is not replaced, unless ``overwrite`` says so. Probabilities go into the folder ``probabilities``, one NIfTI file a
-    case and class.
+    is not replaced, unless ``overwrite`` says so. Probabilities go into ``probabilities/CASE``, one NIfTI file a class.
 
     Args:
         predictor: a model.
@@ -85,9 +83,11 @@ def predict_cases(
         One record a case, in the order of the cases.
 
     Raises:
+        InputError: the folder holds input images, or the network in 8 bits is not there and each shard would make one.
         KeyboardInterrupt: passed on, after the mask that was being written and the tables.
         OSError: the tables cannot be written.
     """
+    require_apart(cases, out)
     out.mkdir(parents=True, exist_ok=True)
     own = shard.share(cases) if shard else list(cases)
     return _Batch(predictor, own, out, shard, overwrite, progress).run()
@@ -98,6 +98,7 @@ class _Work:
     """A case on its way through the stages, and what is known of it so far."""
 
     case: Case
+    input_digest: str = ""
     key: str = ""
     volume: Volume | None = None
     ready: Ready | None = None
@@ -105,25 +106,35 @@ class _Work:
     probabilities: nifti.Probabilities | None = None
     strategy: str = ""
     stages: dict[str, float] = field(default_factory=dict)
-    failure: BaseException | None = None
+    reason: str = ""
+    lacked_memory: bool = False
     record: Prediction | None = None
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; what goes wrong in it is kept as the case's failure."""
-        start = time.monotonic()
+    def guarded(self) -> Iterator[None]:
+        """What goes wrong inside is the case's reason to fail; the failure is not kept, as its frames hold arrays."""
         try:
             yield
         except Exception as failure:  # whatever is wrong with one case, the others are done
             log.info("%s", self.case.id, exc_info=not isinstance(failure, MedsegError))
-            self.failure = failure.with_traceback(None)  # whose frames hold arrays
+            self.reason = str(failure) if isinstance(failure, MedsegError) else f"{type(failure).__name__}: {failure}"
+            self.lacked_memory = is_out_of_memory(failure)
+            self.volume = self.ready = self.mask = None
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add to the seconds of a stage."""
+        start = time.monotonic()
+        try:
+            yield
         finally:
             self.stages[name] = round(self.stages.get(name, 0.0) + time.monotonic() - start, 3)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether there is more to do than to write down what became of it."""
-        return self.failure is None and self.record is None
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage: guarded and timed."""
+        with self.guarded(), self.timed(name):
+            yield
 
 
 class _Batch:
@@ -141,8 +152,8 @@ class _Batch:
         self.predictor, self.cases, self.out, self.shard = predictor, cases, out, shard
         self.overwrite, self.progress = overwrite, progress
         self.journal = Journal(out, shard)
-        self.memory = PeakMemory()
-        self.model = _model_key(predictor)
+        self.peaks = PeakMemory()
+        self.model = self._model_key()
         self.begun = self.shown = time.monotonic()
         self.fraction = 0.0
 
@@ -167,12 +178,29 @@ class _Batch:
             self._write_tables()
         return [self.journal.results[case.id] for case in self.cases]
 
+    def _model_key(self) -> str:
+        """What all keys begin with. Where it takes networks in 8 bits, these are made first.
+
+        Raises:
+            InputError: they are not there, and each shard would make its own.
+        """
+        if self.predictor.needs_calibration and self.shard and self.shard.count > 1:
+            found = "the network in 8 bits is not there, and each shard would make its own"
+            raise InputError("--engine openvino-int8", found, "one for all", "run `medseg quantise` first")
+        for case in sorted(self.cases, key=lambda case: case.id):
+            if not self.predictor.needs_calibration:
+                break
+            work = _Work(case)  # what is wrong with it is told when its turn comes
+            with work.guarded():
+                self.predictor.calibrate(self.predictor.prepare(self.predictor.read(case.images)))
+        return self.predictor.key
+
     def _next(self, reader: _Aside, case: Case) -> _Work:
         """A case that was read ahead, or is read now."""
         if not reader.is_busy:
             return self._read(case)
         work: _Work = reader.answer()
-        if work.failure is not None and is_out_of_memory(work.failure):
+        if work.lacked_memory:
             log.warning("%s: out of memory while it was read ahead: once more alone", case.id)
             return self._read(case)
         return work
@@ -192,7 +220,7 @@ class _Batch:
     def _read(self, case: Case) -> _Work:
         """Read and prepare a case, unless it is done already."""
         work = _Work(case)
-        self.memory.begin(case.id)
+        self.peaks.begin(case.id)
         with work.stage("read"):
             self._open(work)
         if work.volume is not None and not self.predictor.is_cascade:
@@ -203,17 +231,18 @@ class _Batch:
     def _open(self, work: _Work) -> None:
         case = work.case
         _require_one_image(case)
-        work.key = digest_of([self.model, *map(digest_file, files_of(case))])
+        work.input_digest = _input_digest(case)
+        work.key = digest_of([self.model, work.input_digest])
         work.record = self.journal.kept(case.id, work.key, self._files(case)[1:])
         if work.record is None:
             self._require_free(case)
-            work.volume = io.read_volume(case.images, len(self.predictor.package.plan.channels))
+            work.volume = self.predictor.read(case.images)
 
     def _network(self, work: _Work, number: int, besides_mb: float) -> None:
-        """From the prepared image to the mask."""
+        """From the image, or what was prepared of it, to the mask."""
         if work.volume is not None:
             with work.stage("prepare"):
-                work.ready, work.volume = self.predictor.prepare(work.volume), None
+                work.ready, work.volume = self.predictor.prepare(work.volume, besides_mb), None
         if work.ready is None:
             return
         ready, work.ready = work.ready, None
@@ -225,7 +254,7 @@ class _Batch:
             note = f"{work.case.id} ({number + 1} of {len(self.cases)}), {budget}"
             self._report(number, note)
             if self.predictor.classes:
-                work.probabilities = self._probabilities(work, ready)
+                work.probabilities = self._probabilities(ready)
             work.mask, strategy = self.predictor.infer(
                 ready,
                 work.probabilities.put if work.probabilities else None,
@@ -235,61 +264,61 @@ class _Batch:
             )
             work.strategy = str(strategy)
 
-    def _probabilities(self, work: _Work, ready: Ready) -> nifti.Probabilities:
-        folder = (self.out / self._files(work.case)[1]).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        return nifti.Probabilities(ready.source.geometry.shape, len(self.predictor.classes), folder)
+    def _probabilities(self, ready: Ready) -> nifti.Probabilities:
+        return nifti.Probabilities(ready.source.geometry.shape, len(self.predictor.classes), self.out)
 
     def _write(self, work: _Work) -> Prediction:
         """Write what came out of a case, and say what became of it."""
-        if work.failure is None and work.mask is not None:
-            with work.stage("write"):
-                self._save(work, work.mask)
-        work.mask = None
+        if work.mask is not None:
+            self._save(work, work.mask)
+            work.mask = None
         if work.probabilities is not None:
-            work.probabilities.close()
+            with work.guarded():
+                work.probabilities.close()
             work.probabilities = None
-        if work.failure is None and work.record is not None:
-            if work.record.status == "kept":
-                self.memory.end(work.case.id)
-            return work.record
-        self._remove_former(work)
-        return self._record(work, status="failed", reason=_reason(work.failure))
+        with work.guarded():
+            self._remove_outdated(work)
+        if work.reason or work.record is None:
+            work.record = self._record(work, status="failed", reason=work.reason)
+        self.peaks.end(work.case.id)
+        return work.record
 
     def _save(self, work: _Work, mask: Mask) -> None:
         """All files of a case: none has its name before all are whole, and the journal says what they are."""
-        start = time.monotonic()
-        first, *more = self._files(work.case)
-        with contextlib.ExitStack() as stack:
-            temporary = stack.enter_context(replacing(self.out / first))
-            digests = {}
-            for index, name in enumerate(more):
-                if work.probabilities is not None:
-                    other = stack.enter_context(replacing(self.out / name))
-                    work.probabilities.write(index, mask, other)
-                    digests[name] = digest_file(other)
-            io.write_mask(mask, temporary)
-            volumes = {name: round(ml, 4) for name, ml in mask.volumes_ml().items()}
-            work.stages["write"] = round(time.monotonic() - start, 3)
-            work.record = self._record(
-                work,
-                status="done",
-                output=first,
-                output_digest=digest_file(temporary),
-                probability_digests=digests,
-                volumes_ml=volumes,
-                warnings=mask.warnings,
-            )
+        with work.guarded(), contextlib.ExitStack() as renamed_at_the_end:
+            with work.timed("write"):
+                facts = self._written(work, mask, renamed_at_the_end)
+            work.record = self._record(work, status="done", **facts)
             self.journal.add(work.record)
+
+    def _written(self, work: _Work, mask: Mask, stack: contextlib.ExitStack) -> dict[str, Any]:
+        """Write the files of a case under temporary names, and say what is in them."""
+        first, *more = self._files(work.case)
+        temporary = stack.enter_context(replacing(self.out / first))
+        digests = {}
+        for index, name in enumerate(more):
+            if work.probabilities is not None:
+                other = stack.enter_context(replacing(self.out / name))
+                work.probabilities.write(index, mask, other)
+                digests[name] = digest_file(other)
+        io.write_mask(mask, temporary)
+        return {
+            "output": first,
+            "output_digest": digest_file(temporary),
+            "probability_digests": digests,
+            "volumes_ml": {name: round(ml, 4) for name, ml in mask.volumes_ml().items()},
+            "warnings": mask.warnings,
+        }
 
     def _record(self, work: _Work, **facts: Any) -> Prediction:
         return Prediction(
             case=work.case.id,
             seconds=round(math.fsum(work.stages.values()), 3),
             stages=dict(work.stages),
-            peak_memory_mb=self.memory.end(work.case.id),
+            peak_memory_mb=self.peaks.peak(work.case.id),
             strategy=work.strategy,
             key=work.key,
+            input_digest=work.input_digest,
             **facts,
         )
 
@@ -311,8 +340,6 @@ class _Batch:
             target = self.out / name
             if not target.exists():
                 continue
-            if any(target.samefile(path) for path in case.images):
-                raise InputError(target, "is the input itself", "another output folder")
             if self.overwrite or self.journal.wrote(case.id, name):
                 continue
             if not self.journal.knows(case.id, name):
@@ -320,13 +347,11 @@ class _Batch:
             if _is_image(target):
                 raise InputError(target, "was changed since it was written", "a free name", remedy)
 
-    def _remove_former(self, work: _Work) -> None:
-        """Files of a former input or model would be taken for this one's."""
-        case, key = work.case, work.key
-        if key and self.journal.kept(case.id, key) is None:
-            for name in self._files(case):
-                if self.journal.wrote(case.id, name):
-                    (self.out / name).unlink(missing_ok=True)
+    def _remove_outdated(self, work: _Work) -> None:
+        """Files of another image than is there now would be taken for this one's."""
+        if work.input_digest:
+            for path in self.journal.outdated(work.case.id, work.input_digest):
+                path.unlink(missing_ok=True)
 
     def _await(self, writer: _Aside, patience: float | None = None) -> None:
         """Wait for the case that was given to the writer, if one was."""
@@ -415,15 +440,17 @@ class _Aside:
             del item
 
 
-def _model_key(predictor: Predictor) -> str:
-    """Digest of all that masks depend on besides the image: not the device, nor which engine computes in float32."""
-    settings = predictor.settings
-    choices = [settings.mirror, settings.overlap, settings.precision, predictor.engine == "openvino-int8"]
-    return digest_of([medseg.__version__, predictor.package.digest, choices])
+def _input_digest(case: Case) -> str:
+    """Digest of the files of an image.
 
-
-def _reason(failure: BaseException | None) -> str:
-    return str(failure) if isinstance(failure, MedsegError) else f"{type(failure).__name__}: {failure}"
+    Raises:
+        InputError: one cannot be read.
+    """
+    try:
+        return digest_of([digest_file(path) for path in files_of(case)])
+    except OSError as failure:
+        path, remedy = failure.filename or case.id, "correct the path in the list, or the rights of the file"
+        raise InputError(path, f"cannot be read: {failure.strerror}", "an image", remedy) from None
 
 
 def _require_one_image(case: Case) -> None:

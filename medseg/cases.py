@@ -116,7 +116,19 @@ def mask_name(case: Case) -> str:
 
 def probability_name(case: str, label: str) -> str:
     """File of a case's probabilities of a class or region, relative to the folder of the masks."""
-    return f"probabilities/{case}_{_UNFIT.sub('_', label)}.nii.gz"
+    return f"probabilities/{case}/{_UNFIT.sub('_', label)}.nii.gz"
+
+
+def require_apart(cases: Iterable[Case], out: Path) -> None:
+    """Refuse an output folder that holds input images: the masks would be taken for images the next time.
+
+    Raises:
+        InputError: see above.
+    """
+    folder = out.resolve()
+    for path in (path for case in cases for path in case.images):
+        if path.absolute().parent.resolve() == folder:
+            raise InputError(out, f"holds input images, as {path.name}", "a folder of its own for the masks")
 
 
 def files_of(case: Case) -> Iterator[Path]:

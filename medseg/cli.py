@@ -106,7 +106,9 @@ Overrides = Annotated[
 ]
 SkipBadCases = Annotated[bool, typer.Option("--skip-bad-cases", help="Go on without unusable cases.")]
 Tolerance = Annotated[float, typer.Option(metavar="MM", help="Surface distance, mm, that NSD lets pass.", min=0.0)]
-Mirror = Annotated[bool, typer.Option("--mirror", help="Average over mirrored images: slower, a little better.")]
+Mirror = Annotated[
+    bool, typer.Option("--mirror", help="Average over mirrored images: two to eight times the time, a little better.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and results.")]
 
@@ -502,13 +504,19 @@ def predict(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the masks.")],
     mirror: Mirror = False,
     overlap: Annotated[
-        float, typer.Option(metavar="FRACTION", help="What neighbouring tiles share.", min=0.0, max=0.9)
+        float,
+        typer.Option(
+            metavar="FRACTION", help="Part of a tile that its neighbour covers too: more is slower.", min=0.0, max=0.9
+        ),
     ] = 0.5,
     engine: Annotated[
         Literal["auto", "eager", "compiled", "onnx", "openvino", "openvino-int8"],
-        typer.Option(help="What computes the network; auto is the fastest that keeps the labels."),
+        typer.Option(help="Program that computes the network; auto is the fastest that keeps the masks."),
     ] = "auto",
-    precision: Annotated[Literal["32", "bf16", "16"], typer.Option(help="Of the network's products.")] = "32",
+    precision: Annotated[
+        Literal["32", "bf16", "16"],
+        typer.Option(help="Bits that the network computes with: fewer may be faster; masks differ a little."),
+    ] = "32",
     device: Device = "auto",
     memory_limit: Annotated[
         str, typer.Option(metavar="SIZE", help="What the process may take, as 6GB.", show_default="what is free")
@@ -518,9 +526,15 @@ def predict(
     ] = "",
     shard: Annotated[
         str,
-        typer.Option(metavar="I/N", help="Do every N-th case, from the I-th on.", show_default="as in a Slurm array"),
+        typer.Option(
+            metavar="I/N",
+            help="Do every N-th case from the I-th on. In a Slurm array each job takes its share; 1/1: all.",
+            show_default="as in a Slurm array",
+        ),
     ] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are not from here.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace masks that medseg did not write, or that were edited since.")
+    ] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -529,13 +543,13 @@ def predict(
     Each mask CASE.nii.gz (of a picture CASE.png or .tif) lies on its image's own grid. Several channels are one 4-D
     file, or files CASE_0000, CASE_0001. A CSV file has a column image (or image_0, image_1) of paths, and perhaps a
     column case. Masks that are there, made from the same image and model, are kept; so the same command goes on after
-    an interruption. Probabilities go into the folder probabilities, as 16-bit NIfTI.
+    an interruption. Probabilities go into probabilities/CASE, as 16-bit NIfTI.
 
     Exit code 3 when cases failed; the reasons are in cases.csv. Several processes may share a list and a folder as
     shards; in a Slurm array each job takes its own.
     """
     from medseg.batch import predict_cases
-    from medseg.cases import find_cases
+    from medseg.cases import find_cases, require_apart
     from medseg.io import suffix_of
     from medseg.pipeline import writing_to
     from medseg.predict import load
@@ -543,7 +557,8 @@ def predict(
     if out.is_file() or suffix_of(out):
         raise InputError(out, "names a file", "a folder: the masks are named after the images", "leave the name out")
     cases = find_cases(*images)
-    part = _shard(shard, quiet)
+    require_apart(cases, out)
+    part = _shard(shard)
     predictor = load(
         model,
         device=device,
@@ -579,14 +594,25 @@ def import_nnunet(
     folder: Annotated[Path, typer.Argument(metavar="MODELFOLDER", help="With plans.json, dataset.json and fold_*.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PACKAGE", help="Folder for the model package.")],
     folds: Annotated[
-        str, typer.Option(metavar="N,N", help="Folds to take.", show_default="all that are there")
-    ] = "all",
-    checkpoint: Annotated[str, typer.Option(metavar="FILE", help="Of each fold.")] = "checkpoint_final.pth",
+        str | None,
+        typer.Option(
+            metavar="N,N|all",
+            help="Folds to take; all is nnU-Net's fold_all.",
+            show_default="every numbered fold that is there, else fold_all",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(metavar="FILE", help="File with the weights, in the folder of each fold.")
+    ] = "checkpoint_final.pth",
     previous: Annotated[
         Path | None, typer.Option(metavar="MODELFOLDER", help="Of a cascade: the model of its first stage.")
     ] = None,
     orientation: Annotated[
-        str, typer.Option(metavar="stored|RAS", help="How images lay in training: as stored, or all turned one way.")
+        str,
+        typer.Option(
+            metavar="stored|LETTERS",
+            help="Of the training images: axes as stored in each file, or all turned one way, as RAS or LPS.",
+        ),
     ] = "stored",
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -598,9 +624,8 @@ def import_nnunet(
     """
     from medseg.interop.nnunet import import_model
 
-    made = import_model(
-        folder, out, folds=_folds(folds), checkpoint=checkpoint, previous=previous, orientation=orientation
-    )
+    chosen = ("all",) if folds == "all" else _folds(folds) if folds else None
+    made = import_model(folder, out, folds=chosen, checkpoint=checkpoint, previous=previous, orientation=orientation)
     output = _console(stderr=False)
     for note in made.notes:
         output.print(escape(f"note: {note}"))
@@ -871,12 +896,12 @@ def _folds(text: str) -> tuple[int, ...] | None:
     return tuple(sorted({int(part) for part in text.split(",")}))
 
 
-def _shard(text: str, quiet: bool) -> Shard | None:
+def _shard(text: str) -> Shard | None:
     """The shard that is asked for, or that a job of a Slurm array is."""
     from medseg.cases import Shard
 
     found = Shard.of(text) if text else Shard.of_slurm(os.environ)
-    if found and not text and not quiet:
+    if found and not text:  # nobody asked for it: --quiet does not hide it
         _console(stderr=True).print(f"shard {found.index}/{found.count}, as this job in its Slurm array")
     return found
 

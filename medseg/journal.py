@@ -44,7 +44,8 @@ class Prediction(Record):
         strategy: how memory was used, in words.
         volumes_ml: volume of each class, and of each region.
         warnings: what was odd about the input.
-        key, output_digest: SHA-256 of what it was made from, and of the mask's file.
+        key, input_digest, output_digest: SHA-256 of all that it was made from, of the image's files alone, and of the
+            mask's file.
         probability_digests: file -> SHA-256, of the probabilities that were asked for.
     """
 
@@ -59,6 +60,7 @@ class Prediction(Record):
     volumes_ml: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
     key: str = ""
+    input_digest: str = ""
     output_digest: str = ""
     probability_digests: dict[str, str] = {}
 
@@ -121,14 +123,23 @@ class Journal:
         """Whether a file of this name was ever written for the case."""
         return any(file in record.files for record in self._past.get(case, []))
 
+    def outdated(self, case: str, input_digest: str) -> list[Path]:
+        """Files of the folder that are, as they are now, what was written for this case from other images alone."""
+        made: dict[tuple[str, str], set[str]] = {}
+        for record in self._past.get(case, []):
+            for written in record.files.items():
+                made.setdefault(written, set()).add(record.input_digest)
+        others = [written for written, inputs in made.items() if input_digest not in inputs]
+        return [self.out / name for name, digest in others if _is(self.out / name, digest)]
+
     def add(self, record: Prediction) -> None:
-        """Write a line; on a line of its own even where a kill cut the last one short."""
-        self._past.setdefault(record.case, []).append(record)
+        """Write a line; on a line of its own even where a kill, or a full disk, cut the last one short."""
         whole = not self.path.exists() or self.path.stat().st_size == 0 or _last_byte(self.path) == b"\n"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("" if whole else "\n") + json.dumps(record.model_dump(mode="json")) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before the mask has its name, also where the power fails
+        self._past.setdefault(record.case, []).append(record)
 
     def write_tables(self, names: Sequence[str], planned: int, facts: Mapping[str, Any]) -> None:
         """Write one row a case (``cases.csv``), and what ran and how far it came (``run.json``), both atomically.

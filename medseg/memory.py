@@ -26,6 +26,7 @@ _CHUNKS_MB = 64.0
 """What is read, resampled or decided at a time, and what is left of memory that was freed in pieces."""
 _COMPRESSED = 20
 """Times that an image in memory may be larger than its file, where the header is not looked at."""
+_REMEDY = "close other programs, or say with --memory-limit how much may be taken"
 _PROC = Path("/proc/self")
 
 
@@ -87,6 +88,7 @@ class Estimator:
         plan, configuration: of the model.
         device, engine: that compute the network.
         averaged: whether the logits of a tile are a mean, of folds or mirrored tiles.
+        earlier: of a cascade, what its first model takes.
         most_mb: what the process may take, all in all; None for what it has and is free.
         baseline_mb: what the process takes at rest.
     """
@@ -98,6 +100,7 @@ class Estimator:
     averaged: bool
     most_mb: float | None
     baseline_mb: float
+    earlier: Estimator | None = None
 
     @property
     def strategies(self) -> list[Strategy]:
@@ -117,9 +120,12 @@ class Estimator:
         native = math.prod(source.geometry.shape)
         grid = plan_shape or self._plan_shape(source.geometry)
         prepared = 4 * plan.inputs(setup) * math.prod(grid)
-        # the pieces of what is 0, which are numbered; and a second array on a straight grid
+        # the pieces of what is 0, which are numbered
         body = 5 * native if any(rule.nonzero_only for rule in plan.normalisation) else 0
-        straight = source.array.nbytes if source.geometry.is_sheared and plan.orientation != "stored" else 0
+        upright = self._upright(source.geometry)
+        straight = 0 if upright is None else 4 * len(source.array) * math.prod(upright.shape)
+        # the mask of the earlier model, in indices too, on the grids of the file and of the plan
+        before = 3 * native + math.prod(grid) if self.earlier else 0
         patch = math.prod(setup.patch_size)
         # arrays of its first stage that a U-Net holds at its widest: measured; and the logits of a tile, and their sum
         arrays = 5 if self.engine.startswith("openvino") else 10
@@ -132,7 +138,7 @@ class Estimator:
         on_device = (tile + (buffer if strategy.on_device else 0)) / _MB if aside else 0.0
         on_host = (0 if aside else tile) + (0 if aside and strategy.on_device else buffer)
         return Need(
-            preparing=(source.array.nbytes + body + straight + prepared) / _MB + _CHUNKS_MB,
+            preparing=(source.array.nbytes + body + straight + before + prepared) / _MB + _CHUNKS_MB,
             network=(prepared + mask + on_host) / _MB + _CHUNKS_MB,
             device=on_device,
         )
@@ -159,11 +165,12 @@ class Estimator:
         if fitting:
             return Budget(strategies=tuple(s for s, _ in fitting), needed_mb=fitting[0][1], limit_mb=limit)
         found = f"needs about {(held + needs[-1].network) / 1024:.1f} GB of memory even {self.strategies[-1]}"
-        remedy = "close other programs, or say with --memory-limit how much may be taken"
-        raise InputError(io.title(source), found, f"{limit / 1024:.1f} GB", remedy)
+        raise InputError(io.title(source), found, f"{limit / 1024:.1f} GB", _REMEDY)
 
     def fits(self, source: Volume, besides_mb: float) -> bool:
         """Whether a case can be on the network, in no more blocks than it would be alone, while others hold memory."""
+        if self.earlier and not self.earlier.fits(source, besides_mb + source.array.nbytes / _MB):
+            return False
         try:
             alone = self.budget(source)
         except InputError:
@@ -176,21 +183,45 @@ class Estimator:
         0 where it cannot be read: that takes no memory.
         """
         try:
-            source = io.outline(paths)
-            if source is not None:
-                return self.need(source, self.strategies[0]).preparing
-            return 2 * _COMPRESSED * sum(path.stat().st_size for path in paths) / _MB
+            known = self._preparing_mb(paths)
+            return 2 * _COMPRESSED * sum(path.stat().st_size for path in paths) / _MB if known is None else known
         except (MedsegError, OSError):
             return 0.0
+
+    def require_room(self, paths: Sequence[Path]) -> None:
+        """Refuse to read an image that takes more than there is, where its header says so.
+
+        Raises:
+            InputError: reading or preparing it takes too much; or the header cannot be used.
+        """
+        limit, known = self.limit_mb(), self._preparing_mb(paths)
+        if known is not None and self.baseline_mb + known > limit:
+            found = f"needs about {(self.baseline_mb + known) / 1024:.1f} GB of memory to be read and prepared"
+            raise InputError(io.name_of(paths[0]), found, f"{limit / 1024:.1f} GB", _REMEDY)
+
+    def _preparing_mb(self, paths: Sequence[Path]) -> float | None:
+        source = io.outline(paths)
+        if source is None:
+            return None
+        reading = io.reading_bytes(paths) / _MB + _CHUNKS_MB
+        return max(reading, self.need(source, self.strategies[0]).preparing)
 
     def limit_mb(self) -> float:
         """What the process may take: what it was told, or what it has and is free."""
         return self.most_mb or resident_mb() + free_mb()
 
-    def _plan_shape(self, geometry: Geometry) -> Sequence[int]:
+    def _oriented(self, native: Geometry) -> Geometry:
         own = self.plan.orientation == "stored"
-        letters = "".join((geometry.orientation if own else self.plan.orientation)[axis] for axis in self.plan.axes)
-        shape, _ = plan_grid(geometry.reoriented(geometry.to(letters)), self.configuration)
+        letters = "".join((native.orientation if own else self.plan.orientation)[axis] for axis in self.plan.axes)
+        return native.reoriented(native.to(letters))
+
+    def _upright(self, native: Geometry) -> Geometry | None:
+        """The grid with orthogonal axes that a sheared one is brought to first, or None."""
+        is_kept = self.plan.orientation == "stored" or not native.is_sheared
+        return None if is_kept else self._oriented(native).orthogonalised()
+
+    def _plan_shape(self, native: Geometry) -> Sequence[int]:
+        shape, _ = plan_grid(self._upright(native) or self._oriented(native), self.configuration)
         return shape
 
     def _device_free_mb(self) -> float:
@@ -218,11 +249,17 @@ class PeakMemory:
             self._lap()
             self._spans[name] = 0.0
 
-    def end(self, name: str) -> float:
-        """End a span; its peak in MB (2**20 bytes)."""
+    def peak(self, name: str) -> float:
+        """Peak of a span so far, MB (2**20 bytes)."""
         with self._lock:
             self._lap()
-            return round(self._spans.pop(name), 1)
+            return round(self._spans[name], 1)
+
+    def end(self, name: str) -> None:
+        """End a span."""
+        with self._lock:
+            self._lap()
+            del self._spans[name]
 
     def _lap(self) -> None:
         """Carry the mark over to all spans that run, and set it back."""

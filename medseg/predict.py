@@ -8,21 +8,25 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+import medseg
 from medseg import io
 from medseg.cases import probability_name
 from medseg.engines import (
     Engine,
+    Quantised,
     build_engine,
+    check_engine,
     choose_device,
     default_engine,
     int8_folder,
+    load_quantised,
     quantised_network,
     tiles_of,
 )
@@ -31,7 +35,7 @@ from medseg.memory import Budget, Estimator, Strategy, resident_mb
 from medseg.package import ModelPackage, load_package
 from medseg.postprocess import keep_largest
 from medseg.preprocess import Prepared, prepare, restore
-from medseg.records import Record
+from medseg.records import Record, digest_of
 from medseg.resample import Slab
 from medseg.sliding_window import is_out_of_memory, slabs
 from medseg.volume import Mask, Volume
@@ -56,8 +60,8 @@ class PredictSettings(Record):
     device: str = "auto"
     mirror: bool = False
     overlap: float = Field(default=0.5, ge=0, le=0.9)
-    engine: Literal["auto", "eager", "compiled", "onnx", "openvino", "openvino-int8"] = "auto"
-    precision: Literal["32", "bf16", "16"] = "32"
+    engine: str = "auto"
+    precision: str = "32"
     memory_limit_mb: float | None = Field(default=None, gt=0)
     probabilities: tuple[str, ...] = ()
 
@@ -85,12 +89,13 @@ class Predictor:
         self.settings = settings or PredictSettings()
         self.device = choose_device(self.settings.device)
         self.engine = default_engine(self.device) if self.settings.engine == "auto" else self.settings.engine
+        check_engine(self.engine, self.device, self.settings.precision)
         self.classes = _classes(package, self.settings.probabilities)
-        self._networks: list[Engine] = [] if self.engine == "openvino-int8" else self._build()
-        self._earlier = package.previous and Predictor(
-            package.previous, self.settings.model_copy(update={"probabilities": ()})
-        )
-        self.memory = Estimator(
+        self._small = self._kept()
+        self._networks: list[Engine] = [] if self.engine == "openvino-int8" and not self._small else self._build()
+        earlier = self.settings.model_copy(update={"probabilities": ()})
+        self._earlier = Predictor(package.previous, earlier) if package.previous else None
+        self.memory: Estimator = Estimator(
             plan=package.plan,
             configuration=package.configuration,
             device=self.device,
@@ -98,6 +103,7 @@ class Predictor:
             averaged=self.settings.mirror or len(package.weights) > 1,
             most_mb=self.settings.memory_limit_mb,
             baseline_mb=resident_mb(),
+            earlier=self._earlier.memory if self._earlier else None,
         )
 
     def __call__(self, image: Any) -> Mask:
@@ -114,17 +120,36 @@ class Predictor:
         Raises:
             InputError: the image cannot be used, or needs more memory than there is; with the reason.
         """
+        if paths := _paths(image):
+            mask, _ = self.infer(self.prepare(self.read(paths)))  # its voxels are gone when the network runs
+            return mask
         return self.segment(_to_volume(image, len(self.package.plan.channels)))
 
-    def segment(self, volume: Volume) -> Mask:
-        """Segment a Volume; see ``__call__``."""
-        mask, _ = self.infer(self.prepare(volume))
+    def read(self, paths: Sequence[Path]) -> Volume:
+        """Read an image of the model's channels from a file, or from one file a channel.
+
+        Raises:
+            InputError: it needs more memory than there is, or has other channels.
+            UnreadableFile, GeometryMismatch: as ``medseg.io.read_volume``.
+        """
+        self.memory.require_room(paths)
+        return io.read_volume(paths, len(self.package.plan.channels))
+
+    def segment(self, volume: Volume, besides_mb: float = 0.0) -> Mask:
+        """Segment a Volume, which whoever calls holds meanwhile; see ``__call__``, and ``infer`` for ``besides_mb``."""
+        held_mb = besides_mb + volume.array.nbytes / 2**20
+        mask, _ = self.infer(self.prepare(volume, besides_mb), besides_mb=held_mb)
         return mask
 
-    def prepare(self, volume: Volume) -> Ready:
-        """Bring an image to the plan grid, in a cascade with the mask of the earlier model, which is made first."""
+    def prepare(self, volume: Volume, besides_mb: float = 0.0) -> Ready:
+        """Bring an image to the plan grid, in a cascade with the mask of the earlier model, which is made first.
+
+        Args:
+            volume: the image.
+            besides_mb: as for ``infer``.
+        """
         plan, setup = self.package.plan, self.package.configuration
-        previous = self._earlier.segment(volume) if self._earlier else None
+        previous = self._earlier.segment(volume, besides_mb) if self._earlier else None
         outline = np.broadcast_to(np.zeros((), volume.array.dtype), volume.array.shape)
         return Ready(prepare(volume, plan, setup, previous=previous), replace(volume, array=outline))
 
@@ -153,7 +178,7 @@ class Predictor:
             InputError: no strategy fits into memory.
         """
         if not self._networks:
-            self._networks = self._build(ready)
+            self.calibrate(ready)
         strategy, *less = self.budget(ready, besides_mb).strategies
         try:
             return self._mask(ready, strategy, probabilities, report), strategy
@@ -174,40 +199,71 @@ class Predictor:
         """
         return self.memory.budget(ready.source, ready.prepared.trace.plan_shape, besides_mb)
 
+    def calibrate(self, ready: Ready) -> None:
+        """Make the networks of ``openvino-int8`` with an image, and keep them in the package where that can be."""
+        package, setup = self.package, self.package.configuration
+        self._small = [
+            quantised_network(
+                network,
+                package.plan.inputs(setup),
+                setup.patch_size,
+                digest=package.only(fold).digest,
+                folder=package.path and int8_folder(package.path),
+                tiles=lambda: tiles_of(ready.prepared.image, setup.patch_size),
+                cases=[io.title(ready.source)],
+                regions=bool(package.plan.region_order),
+            )
+            for fold, network in zip(sorted(package.weights), package.networks(), strict=True)
+        ]
+        self._networks = self._build()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a network is wanted in 8 bits and not there yet: the first image will make it."""
+        return not self._networks or (self._earlier is not None and self._earlier.needs_calibration)
+
+    @property
+    def key(self) -> str:
+        """Digest of all that masks depend on besides the image: not the device, nor which engine computes in float32.
+
+        Networks in 8 bits are a part of it once they are there.
+        """
+        settings, earlier = self.settings, self._earlier
+        small = [network.digest for network in self._small]
+        choices = [settings.mirror, settings.overlap, settings.precision, small, earlier.key if earlier else ""]
+        return digest_of([medseg.__version__, self.package.digest, choices])
+
     @property
     def is_cascade(self) -> bool:
         """Whether preparing a case takes the network of an earlier model."""
         return self._earlier is not None
 
-    def _build(self, ready: Ready | None = None) -> list[Engine]:
-        """The networks as callables; those in 8 bits may need an image to be calibrated on."""
+    def _kept(self) -> list[Quantised]:
+        """The networks of ``openvino-int8`` that are kept in the package; none where one is missing."""
+        package = self.package
+        if self.engine != "openvino-int8" or package.path is None:
+            return []
+        folder = int8_folder(package.path)
+        known = [load_quantised(folder, package.only(fold).digest) for fold in sorted(package.weights)]
+        return [pair[0] for pair in known if pair] if all(known) else []
+
+    def _build(self) -> list[Engine]:
+        """The networks as callables."""
         package, setup = self.package, self.package.configuration
-        channels = package.plan.inputs(setup)
-        engines = []
-        for fold, network in zip(sorted(package.weights), package.networks(), strict=True):
-            small = None
-            if ready is not None:
-                small = quantised_network(
-                    network,
-                    channels,
-                    setup.patch_size,
-                    digest=package.only(fold).digest,
-                    folder=package.path and int8_folder(package.path),
-                    tiles=lambda: tiles_of(ready.prepared.image, setup.patch_size),
-                    cases=[io.title(ready.source)],
-                    regions=bool(package.plan.region_order),
-                )
-            engine = build_engine(
+        networks = list(package.networks())
+        small: list[Quantised | None] = [*self._small] or [None] * len(networks)
+        return [
+            build_engine(
                 self.engine,
                 network,
-                channels,
+                package.plan.inputs(setup),
                 setup.patch_size,
                 device=self.device,
                 precision=self.settings.precision,
-                quantised=small,
+                quantised=one,
             )
-            engines.append(engine)
-        return engines
+            for network, one in zip(networks, small, strict=True)
+        ]
 
     def _mask(
         self, ready: Ready, strategy: Strategy, probabilities: Taker | None, report: Callable[[float], None]
@@ -276,11 +332,13 @@ def _counted(finished: Iterable[Slab], plan_shape: Sequence[int], report: Callab
         report(min(done / whole, 1.0))
 
 
+def _paths(image: Any) -> list[Path]:
+    """The files that an image is given as; none where it is something else."""
+    paths = image if isinstance(image, list) else [image]
+    return [Path(path) for path in paths] if all(isinstance(path, str | os.PathLike) for path in paths) else []
+
+
 def _to_volume(image: Any, channels: int) -> Volume:
-    if isinstance(image, str | os.PathLike):
-        return io.read_volume(Path(image), channels)
-    if isinstance(image, list) and image and all(isinstance(path, str | os.PathLike) for path in image):
-        return io.read_volume([Path(path) for path in image], channels)
     volume = io.volume_of(image)
     if volume.array.shape[0] != channels:
         raise InputError("image", f"has {volume.array.shape[0]} channels", str(channels))

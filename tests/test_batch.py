@@ -8,6 +8,8 @@ import gzip
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,14 +25,16 @@ from PIL import Image
 from predicting import FIELDS, GRIDS, SHAPE, affine_of, limited, save, statuses, untrained, voxels
 from small_datasets import picture, save_picture
 
-from medseg import batch, io, records
+from medseg import batch, io, predict, records
 from medseg.batch import predict_cases, predict_folder
 from medseg.cases import Shard, find_cases
 from medseg.dataset import Case
+from medseg.engines import build_engine
 from medseg.errors import InputError
 from medseg.io import nifti
 from medseg.journal import Journal, Prediction
 from medseg.package import ModelPackage
+from medseg.pipeline import RunResult
 from medseg.predict import Predictor, PredictSettings
 from medseg.volume import Labels, Volume
 
@@ -63,8 +67,8 @@ def test_a_folder_of_pictures_gives_masks_on_their_own_pixels(of_pictures: Predi
 
 def test_the_mask_of_a_picture_does_not_replace_it(of_pictures: Predictor, tmp_path: Path) -> None:
     before = save_picture(tmp_path / "a.png", picture(0)[0]).read_bytes()
-    (result,) = predict_cases(of_pictures, find_cases(tmp_path), tmp_path, overwrite=True)
-    assert "is the input itself" in result.reason
+    with pytest.raises(InputError, match=r"holds input images, as a\.png"):
+        predict_cases(of_pictures, find_cases(tmp_path), tmp_path, overwrite=True)
     assert (tmp_path / "a.png").read_bytes() == before
 
 
@@ -211,6 +215,79 @@ def test_a_disk_that_is_full_leaves_no_part_of_a_mask(
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "kept"}
 
 
+@pytest.mark.parametrize("moment", ["line", "rename"])
+def test_a_disk_that_fails_after_the_mask_is_whole_fails_the_case_alone(
+    moment: str, predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, add, rename = tmp_path / "out", Journal.add, Path.replace
+
+    def no_line(journal: Journal, record: Prediction) -> None:
+        if record.case == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(journal, record)
+
+    def no_rename(path: Path, target: Path) -> Path:
+        if target.name == "a.nii.gz":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    if moment == "line":
+        monkeypatch.setattr(Journal, "add", no_line)
+    else:
+        monkeypatch.setattr(Path, "replace", no_rename)
+    results = predict_cases(predictor, find_cases(images), out)
+    assert statuses(results) == {"a": "failed", "b": "done"}
+    assert "OSError: [Errno" in results[0].reason
+    assert results[0].peak_memory_mb
+    assert sorted(path.name for path in out.iterdir()) == ["b.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
+    monkeypatch.undo()
+    assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "kept"}
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import medseg
+from medseg.batch import predict_folder
+from medseg.io import nifti
+write, limit = nifti.Probabilities.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+def full(self, index, mask, path):
+    if path.parent.name == "b":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limit[1]))
+    try:
+        write(self, index, mask, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+nifti.Probabilities.write = full
+model = medseg.load(sys.argv[1], device="cpu", engine="eager", probabilities=("all",))
+for case in predict_folder(model, sys.argv[2], Path(sys.argv[3])):
+    sys.stdout.write(f"{case.case} {case.status} {case.reason}\\n")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process")
+def test_a_disk_that_fills_while_probabilities_are_written_fails_the_case_alone(
+    tiny_run: RunResult, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL, str(tiny_run.package), str(images), str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == "a done "
+    assert second.startswith("b failed OSError: [Errno 27]")
+    assert sorted(path.name for path in out.rglob("*.nii.gz")) == ["a.nii.gz", "lesion.nii.gz", "organ.nii.gz"]
+    assert not list(out.rglob(".*"))
+
+
+def test_an_image_that_is_listed_and_not_there_says_so(predictor: Predictor, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("image\nimages/a.nii.gz\nimages/gone.nii.gz\n")
+    results = predict_cases(predictor, find_cases(tmp_path / "list.csv"), tmp_path / "out")
+    assert statuses(results) == {"a": "done", "gone": "failed"}
+    assert results[1].reason.startswith(f"{images / 'gone.nii.gz'}: cannot be read: No such file")
+    assert "Correct the path" in results[1].reason
+
+
 @pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("out of memory"), ValueError("a bug")], ids=repr)
 @pytest.mark.parametrize("stage", ["read_volume", "prepare", "infer", "write_mask"])
 def test_whatever_one_case_raises_in_any_stage_the_others_are_done(
@@ -345,9 +422,9 @@ def test_a_mask_corrected_by_hand_is_not_replaced(predictor: Predictor, images: 
 
 def test_the_input_itself_is_never_replaced(predictor: Predictor, images: Path) -> None:
     before = (images / "a.nii.gz").read_bytes()
-    results = predict_cases(predictor, find_cases(images), images, overwrite=True)
-    assert {result.status for result in results} == {"failed"}
-    assert "the input itself" in results[0].reason
+    with pytest.raises(InputError, match="holds input images"):
+        predict_cases(predictor, find_cases(images), images, overwrite=True)
+    assert sorted(path.name for path in images.iterdir()) == ["a.nii.gz", "b.nii.gz"]
     assert (images / "a.nii.gz").read_bytes() == before
 
 
@@ -393,6 +470,90 @@ def test_the_mask_of_a_former_input_does_not_stay_where_the_new_one_fails(
     assert sorted(path.name for path in out.glob("*.nii.gz")) == ["b.nii.gz"]
 
 
+def test_a_mask_stays_where_settings_disk_or_memory_fail_rather_than_its_image(
+    predictor: Predictor, package: ModelPackage, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, cases = tmp_path / "out", find_cases(images)
+    predict_cases(predictor, cases, out)
+    masks = {path.name: path.read_bytes() for path in out.glob("*.nii.gz")}
+    mirrored = Predictor(package, PredictSettings(device="cpu", mirror=True))
+    for stage in ("prepare", "infer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Predictor, stage, no_network)
+            assert {result.status for result in predict_cases(mirrored, cases, out)} == {"failed"}
+    rules = package.plan.normalisation * 2
+    of_another = untrained(package, mirrored.settings, channels=("T1", "T2"), normalisation=rules)
+    assert {r.status for r in predict_cases(of_another, cases, out)} == {"failed"}
+    assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == masks
+
+
+def test_probabilities_of_a_former_image_do_not_stay_beside_a_new_mask(
+    predictor: Predictor, images: Path, tmp_path: Path
+) -> None:
+    model = Predictor(predictor.package, PredictSettings(device="cpu", probabilities=("lesion",)))
+    predict_cases(model, find_cases(images)[:1], tmp_path / "out")
+    (images / "a.nii.gz").write_bytes((images / "b.nii.gz").read_bytes())
+    assert predict_cases(predictor, find_cases(images)[:1], tmp_path / "out")[0].status == "done"
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.nii.gz")) == ["a.nii.gz"]
+
+
+# Networks in 8 bits
+
+
+class Small:
+    """A network in 8 bits, of which here only the digest is of interest."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+
+
+def in_8_bits(package: ModelPackage, monkeypatch: pytest.MonkeyPatch, made: list[str]) -> Predictor:
+    """A predictor whose network in 8 bits is calibrated (recorded in ``made``), and computes as torch does."""
+
+    def quantised(*_: Any, cases: list[str], **__: Any) -> Small:
+        made.extend(cases)
+        return Small(f"of {cases[0]}")
+
+    def eager(_: str, *arguments: Any, quantised: Small, **choices: Any) -> Any:
+        return build_engine("eager", *arguments, **choices)
+
+    monkeypatch.setattr(predict, "check_engine", lambda *_: None)
+    monkeypatch.setattr(predict, "quantised_network", quantised)
+    monkeypatch.setattr(predict, "build_engine", eager)
+    settings = PredictSettings(device="cpu", engine="openvino-int8")
+    return Predictor(replace(package, path=None), settings)
+
+
+def test_which_network_in_8_bits_made_a_mask_is_part_of_its_key(
+    package: ModelPackage, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    out, cases = tmp_path / "out", find_cases(images)
+    results = predict_cases(in_8_bits(package, monkeypatch, made), cases[::-1], out)
+    assert (made, statuses(results)) == (["a"], {"b": "done", "a": "done"})  # the first by name calibrates, once
+    assert statuses(predict_cases(in_8_bits(package, monkeypatch, made), cases, out)) == {"a": "kept", "b": "kept"}
+    another = predict_cases(in_8_bits(package, monkeypatch, made), cases[1:], out)
+    assert (made, statuses(another)) == (["a", "a", "b"], {"b": "done"})
+
+
+def test_a_case_that_cannot_be_read_calibrates_nothing(
+    package: ModelPackage, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    with_nan(images / "a.nii.gz")
+    results = predict_cases(in_8_bits(package, monkeypatch, made), find_cases(images), tmp_path / "out")
+    assert (made, statuses(results)) == (["b"], {"a": "failed", "b": "done"})
+
+
+def test_shards_do_not_each_make_a_network_in_8_bits(
+    package: ModelPackage, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = in_8_bits(package, monkeypatch, [])
+    with pytest.raises(InputError, match=r"each shard would make its own.*`medseg quantise` first"):
+        predict_folder(model, images, tmp_path / "out", shard=Shard(1, 2))
+    assert statuses(predict_folder(model, images, tmp_path / "out", shard=Shard(1, 1))) == {"a": "done", "b": "done"}
+
+
 # Shards
 
 
@@ -417,7 +578,7 @@ def test_probabilities_in_files_are_those_in_memory(predictor: Predictor, images
     model = Predictor(predictor.package, PredictSettings(device="cpu", probabilities=("all",)))
     out = tmp_path / "out"
     (result, _) = predict_cases(model, find_cases(images), out)
-    names = {name: f"probabilities/a_{name}.nii.gz" for name in ("organ", "lesion")}
+    names = {name: f"probabilities/a/{name}.nii.gz" for name in ("organ", "lesion")}
     assert set(result.probability_digests) == set(names.values())
     whole = np.zeros((2, *nibabel.load(images / "a.nii.gz").shape), np.float32)
 
@@ -445,9 +606,9 @@ def test_probabilities_that_are_missing_or_spoilt_are_made_again(
     model = Predictor(predictor.package, PredictSettings(device="cpu", probabilities=("lesion",)))
     assert predict_cases(predictor, cases, out)[0].status == "done"
     assert predict_cases(model, cases, out)[0].status == "done"  # the mask was there, its probabilities not
-    assert [path.name for path in (out / "probabilities").iterdir()] == ["a_lesion.nii.gz"]
+    assert [path.name for path in (out / "probabilities" / "a").iterdir()] == ["lesion.nii.gz"]
     assert predict_cases(model, cases, out)[0].status == "kept"
-    path = out / "probabilities" / "a_lesion.nii.gz"
+    path = out / "probabilities" / "a" / "lesion.nii.gz"
     path.write_bytes(path.read_bytes()[:-10])
     assert predict_cases(predictor, cases, out)[0].status == "kept"  # who wants none does not mind
     assert predict_cases(model, cases, out)[0].status == "done"
@@ -456,13 +617,24 @@ def test_probabilities_that_are_missing_or_spoilt_are_made_again(
     assert (result.status, "changed since" in result.reason) == ("failed", True)
 
 
+def test_no_two_cases_share_a_file_of_probabilities(package: ModelPackage, tmp_path: Path) -> None:
+    """Of case p the class kidney_tumour, and of case p_kidney the class tumour."""
+    labels = Labels(values={"kidney_tumour": 1, "tumour": 5})
+    model = untrained(package, PredictSettings(probabilities=("all",)), labels=labels)
+    for name in ("p", "p_kidney"):
+        save(tmp_path / "in" / f"{name}.nii", voxels()[0])
+    results = predict_cases(model, find_cases(tmp_path / "in"), tmp_path / "out")
+    assert statuses(results) == {"p": "done", "p_kidney": "done"}
+    assert len({name for result in results for name in result.probability_digests}) == 4
+
+
 def test_probabilities_of_regions(package: ModelPackage, images: Path, tmp_path: Path) -> None:
     labels = Labels(values={"organ": 1, "lesion": 5}, regions={"whole": (1, 5), "core/1": (5,)})
     model = untrained(package, PredictSettings(probabilities=("core/1",)), labels=labels, region_order=(1, 5))
     (result, *_) = predict_cases(model, find_cases(images), tmp_path)
-    assert list(result.probability_digests) == ["probabilities/a_core_1.nii.gz"]
+    assert list(result.probability_digests) == ["probabilities/a/core_1.nii.gz"]
     assert set(result.volumes_ml) == {"organ", "lesion", "whole", "core/1"}
-    found = nibabel.load(tmp_path / "probabilities" / "a_core_1.nii.gz").get_fdata()
+    found = nibabel.load(tmp_path / "probabilities" / "a" / "core_1.nii.gz").get_fdata()
     np.testing.assert_array_equal(found > 0.5 + 1e-5, io.read_mask(tmp_path / "a.nii.gz").array == 5)
 
 
@@ -481,8 +653,8 @@ def test_a_disk_without_room_for_probabilities_fails_the_case_alone(
     assert statuses(predict_cases(model, find_cases(images), tmp_path)) == {"a": "failed", "b": "done"}
     assert sorted(path.name for path in tmp_path.rglob("*.nii.gz") if "images" not in str(path.parent)) == [
         "b.nii.gz",
-        "b_lesion.nii.gz",
-        "b_organ.nii.gz",
+        "lesion.nii.gz",
+        "organ.nii.gz",
     ]
 
 
@@ -497,6 +669,23 @@ def test_a_case_that_does_not_fit_fails_with_what_is_needed_and_the_others_are_d
     results = predict_cases(model, find_cases(images), tmp_path / "out")
     assert statuses(results) == {"a": "done", "b": "done", "c": "failed"}
     assert "needs about" in results[2].reason
+
+
+def test_an_image_that_takes_too_much_to_be_read_is_not_read(
+    package: ModelPackage, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(images / "c.nii", np.zeros((400, 400, 60), np.float64))  # 73 MB, and 37 MB in float32
+    read, whole = list[str](), io.read_volume
+
+    def watched(paths: Any, channels: int) -> Any:
+        read.append(paths[0].name)
+        return whole(paths, channels)
+
+    monkeypatch.setattr(io, "read_volume", watched)
+    results = predict_cases(limited(package, monkeypatch, 200), find_cases(images), tmp_path / "out")
+    assert statuses(results) == {"a": "done", "b": "done", "c": "failed"}
+    assert "needs about 0.2 GB of memory to be read and prepared (expected 0.2 GB)" in results[2].reason
+    assert read == ["a.nii.gz", "b.nii.gz"]
 
 
 def test_what_does_not_fit_beside_another_case_is_prepared_alone(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medseg.cases import Shard, files_of, find_cases, mask_name
+from medseg.cases import Shard, files_of, find_cases, mask_name, probability_name, require_apart
 from medseg.dataset import Case
 from medseg.errors import DatasetError, InputError
 
@@ -236,3 +236,18 @@ def test_a_slurm_array_says_which_shard_it_is(variables: dict[str, str], shard: 
 def test_a_slurm_array_of_other_numbers_is_refused(variables: dict[str, str]) -> None:
     with pytest.raises(InputError, match="--shard i/n"):
         Shard.of_slurm(variables)
+
+
+def test_probabilities_have_a_folder_a_case_and_a_sound_name() -> None:
+    assert probability_name("p", "kidney tumour/left") == "probabilities/p/kidney_tumour_left.nii.gz"
+
+
+def test_an_output_folder_that_holds_images_is_refused(tmp_path: Path) -> None:
+    case = Case("x", (tmp_path / "in" / "x.mha",), None)
+    for elsewhere in (tmp_path, tmp_path / "out", tmp_path / "in" / "masks"):
+        require_apart([case], elsewhere)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for place in (tmp_path / "in", tmp_path / "out" / ".." / "in", tmp_path / "link"):
+        with pytest.raises(InputError, match=r"holds input images, as x\.mha"):
+            require_apart([case], place)

@@ -20,7 +20,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import nibabel
 import numpy as np
@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 import medseg
 from medseg import cli, pipeline, train
 from medseg.cli import app
-from medseg.engines import Quantisation
+from medseg.engines import ENGINES, PRECISIONS, Quantisation
 from medseg.errors import InputError, TrainingError
 from medseg.phantom import make_dataset
 from medseg.pipeline import RunResult
@@ -324,9 +324,9 @@ def test_predict_takes_several_places_and_writes_probabilities(
     result = medseg_("predict", one, tmp_path / "list.csv", "-m", tiny_run.package, "-o", out, *words)
     assert (result.exit_code, result.stdout) == (0, f"2 masks in {out} (0 kept from before), 0 failed\n")
     assert re.search(r"^predicting 100% second done \(2 of 2\)", result.stderr, re.MULTILINE)
-    assert sorted(path.name for path in out.rglob("*.nii.gz")) == [
-        *("phantom_007.nii.gz", "phantom_007_lesion.nii.gz", "phantom_007_organ.nii.gz"),
-        *("second.nii.gz", "second_lesion.nii.gz", "second_organ.nii.gz"),
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.nii.gz")) == [
+        *("phantom_007.nii.gz", "probabilities/phantom_007/lesion.nii.gz", "probabilities/phantom_007/organ.nii.gz"),
+        *("probabilities/second/lesion.nii.gz", "probabilities/second/organ.nii.gz", "second.nii.gz"),
     ]
     run = json.loads((out / "run.json").read_text())
     assert run["settings"]["probabilities"] == ["organ", "lesion"]
@@ -339,7 +339,7 @@ def test_a_job_of_a_slurm_array_takes_its_share_and_says_so(
     for name, number in {"ID": 11, "MIN": 10, "MAX": 11, "STEP": 1, "COUNT": 2}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(number))
     arguments = ("predict", phantom_dataset, "-m", tiny_run.package, "-o", tmp_path / "out")
-    result = medseg_(*arguments)
+    result = medseg_(*arguments, "--quiet")  # which does not hide it
     assert result.exit_code == 0
     assert "shard 2/2, as this job in its Slurm array" in result.stderr
     written = {path.name for path in (tmp_path / "out").iterdir()} - {".lock", ".lock-2-of-2"}
@@ -367,6 +367,19 @@ def test_import_nnunet_passes_on_what_is_asked_for(tmp_path: Path, monkeypatch: 
     medseg_("import-nnunet", "model", "-o", "package")
     usual = {"folds": None, "checkpoint": "checkpoint_final.pth", "previous": None, "orientation": "stored"}
     assert calls[1][2] == usual
+    medseg_("import-nnunet", "model", "-o", "package", "--folds", "all")
+    assert calls[2][2] == {**usual, "folds": ("all",)}  # nnU-Net's word for the model of all cases
+
+
+def test_predict_offers_the_engines_and_precisions_that_there_are() -> None:
+    hints = get_type_hints(cli.predict)
+    assert get_args(hints["engine"]) == ("auto", *ENGINES)
+    assert get_args(hints["precision"]) == PRECISIONS
+
+
+def test_an_output_folder_that_holds_the_images_is_refused_before_the_model_is_loaded(scans: Path) -> None:
+    result = medseg_("predict", scans, "-m", "nothing", "-o", scans)
+    assert (result.exit_code, "holds input images, as a.nii.gz" in result.stderr) == (2, True)
 
 
 def test_quantise_tells_what_it_costs(phantom_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def read_volume(paths: Path | Sequence[Path], channels: int | None = None) -> Vo
         InputError: voxels that are not finite, or another number of channels.
     """
     files = [paths] if isinstance(paths, Path) else list(paths)
-    parts = [format_of(path).read(path) for path in files]
+    parts = [_read_finite(path) for path in files]
     first = parts[0]
     for part in parts[1:]:
         if not part.geometry.close_to(first.geometry):
@@ -105,7 +105,7 @@ def read_volume(paths: Path | Sequence[Path], channels: int | None = None) -> Vo
     if channels is not None and array.shape[0] != channels:
         raise InputError(files[0], f"has {array.shape[0]} channels", f"{channels}")
     warnings = tuple(w for part in parts for w in part.warnings)
-    return replace(first, array=finite(array, files[0]), paths=tuple(files), warnings=warnings)
+    return replace(first, array=array, paths=tuple(files), warnings=warnings)
 
 
 def outline(paths: Sequence[Path]) -> Volume | None:
@@ -117,10 +117,26 @@ def outline(paths: Sequence[Path]) -> Volume | None:
     if any(format_of(path) is not nifti for path in paths):
         return None
     parts = [nifti.read_outline(path) for path in paths]
-    channels = sum(len(part.array) for part in parts)
+    channels, kind = sum(len(part.array) for part in parts), np.result_type(*(_finite_type(part) for part in parts))
     first = parts[0]
-    whole = np.broadcast_to(first.array[:1, :1, :1, :1], (channels, *first.geometry.shape))
+    whole = np.broadcast_to(np.zeros((), kind), (channels, *first.geometry.shape))
     return replace(first, array=whole, paths=tuple(paths))
+
+
+def reading_bytes(paths: Sequence[Path]) -> int:
+    """What ``read_volume`` takes at the most for files of NIfTI, by their headers.
+
+    Raises:
+        UnreadableFile, InputError: a header that cannot be used.
+    """
+    held = most = 0
+    for part in (nifti.read_outline(path) for path in paths):
+        kind = _finite_type(part)
+        finite_bytes = kind.itemsize * part.array.size
+        changing = part.array.nbytes + (0 if part.array.dtype == kind else finite_bytes)
+        most = max(most, held + nifti.reading_bytes(part), held + changing)
+        held += finite_bytes
+    return max(most, 2 * held) if len(paths) > 1 else most
 
 
 def volume_of(image: Any, where: str = "image") -> Volume:
@@ -238,6 +254,16 @@ def describe_grid(item: Volume | Mask) -> str:
     g = item.geometry
     size = "x".join(map(str, g.shape))
     return f"{size} at {'x'.join(f'{s:.4g}' for s in g.spacing)} mm {g.orientation}"
+
+
+def _read_finite(path: Path) -> Volume:
+    volume = format_of(path).read(path)
+    return replace(volume, array=finite(volume.array, path))
+
+
+def _finite_type(volume: Volume) -> np.dtype[Any]:
+    """The type that ``finite`` gives."""
+    return volume.array.dtype if volume.array.dtype.kind in "iu" else np.dtype(np.float32)
 
 
 def _from_array(array: Any, affine: Any, where: str) -> Volume:

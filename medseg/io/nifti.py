@@ -76,7 +76,7 @@ def read(path: Path) -> Volume:
 
 
 def read_outline(path: Path) -> Volume:
-    """Grid and number type of a NIfTI file by its header: a volume whose voxels are all 0 and take no memory.
+    """What ``read`` will give, by the header alone: a volume whose voxels are all 0 and take no memory.
 
     Raises:
         UnreadableFile, InputError: as ``read``, as far as the header shows it.
@@ -84,9 +84,19 @@ def read_outline(path: Path) -> Volume:
     header_path, data_path = _pair(path)
     header = _read_header(header_path)
     _expected_bytes(header, data_path)
-    array = np.broadcast_to(np.zeros((), _kind(header, path)), _shape(header, path, []))
+    kind = _kind(header, path).newbyteorder("=")
+    if _scale(header, path) is not None:
+        kind = _scaled_type(kind)
+    array = np.broadcast_to(np.zeros((), kind), _shape(header, path, []))
     channels_first = _channels_first(array)
     return Volume(channels_first, Geometry(channels_first.shape[1:], _affine(header, path, [])), (path,), header)
+
+
+def reading_bytes(outline: Volume) -> int:
+    """Bytes that ``read`` takes at the most for the file of an outline: as stored, and beside it as scaled."""
+    header, (path,) = outline.header, outline.paths
+    stored = _kind(header, path).itemsize * outline.array.size
+    return stored + (0 if _scale(header, path) is None else outline.array.nbytes)
 
 
 read_labels = read
@@ -165,7 +175,8 @@ class Probabilities:
     def close(self) -> None:
         """Give the file's room back."""
         self._array = None
-        self._map.close()
+        with contextlib.suppress(BufferError):  # whoever still holds a part, as frames of a failure do, is the last
+            self._map.close()
         self._file.close()
 
     def __enter__(self) -> Probabilities:
@@ -381,16 +392,28 @@ def _pixels(
 
 def _scaled(array: NDArray[Any], header: Nifti1Header, path: Path) -> NDArray[Any]:
     """Apply slope and intercept; a slope of 0 or NaN means none (NIfTI-1 standard, ``scl_slope``)."""
+    scale = _scale(header, path)
+    if scale is None:
+        return array
+    result = np.empty(array.shape, dtype=_scaled_type(array.dtype), order="F")
+    for part, scaled in zip(_parts(array), _parts(result), strict=True):
+        scaled[...] = part.astype(np.float64) * scale[0] + scale[1]
+    return result
+
+
+def _scale(header: Nifti1Header, path: Path) -> tuple[float, float] | None:
+    """Slope and intercept; None where they change nothing."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if not np.isfinite(slope) or slope == 0 or (slope, intercept) == (1.0, 0.0):
-        return array
+        return None
     if not np.isfinite(intercept):
         raise InputError(path, f"the intercept is {intercept}", "a finite number", _REPLACE)
-    # float32 where it holds all the stored integers, which it does to 24 bits
-    result = np.empty(array.shape, dtype=np.result_type(array.dtype, np.float32), order="F")
-    for part, scaled in zip(_parts(array), _parts(result), strict=True):
-        scaled[...] = part.astype(np.float64) * slope + intercept
-    return result
+    return slope, intercept
+
+
+def _scaled_type(kind: np.dtype[Any]) -> np.dtype[Any]:
+    """float32 where it holds all the stored integers, which it does to 24 bits; else float64."""
+    return np.result_type(kind, np.float32)
 
 
 def _channels_first(array: NDArray[Any]) -> NDArray[Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
+from medseg import io
 from medseg.errors import GeometryMismatch, InputError
 from medseg.geometry import Geometry
 from medseg.io import (
@@ -160,3 +163,34 @@ def test_describe_grid() -> None:
 
 def test_booleans_are_integers() -> None:
     assert integral(np.array([True, False]), "mask").tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "slope", "files", "bytes_a_voxel"),
+    [
+        (np.int16, 1, 1, 2),  # as it is stored
+        (np.int16, 2, 1, 2 + 4),  # and float32 beside it
+        (np.int32, 2, 1, 4 + 8),  # float64 holds all of them, and becomes float32: 8 + 4
+        (np.float64, 1, 1, 8 + 4),
+        (np.float32, 1, 1, 4),
+        (np.int16, 1, 3, 2 * 3 * 2),  # three channels, and the array of all
+        (np.float64, 1, 2, 2 * 2 * 4),
+    ],
+)
+def test_what_reading_takes_is_known_beforehand(
+    kind: type, slope: float, files: int, bytes_a_voxel: int, tmp_path: Path
+) -> None:
+    image = nibabel.Nifti1Image(np.ones((100, 100, 100), kind), np.eye(4))
+    image.header.set_slope_inter(slope, -1024 if slope != 1 else 0)
+    paths = [tmp_path / f"a_{n}.nii" for n in range(files)]
+    for path in paths:
+        nibabel.save(image, path)
+    assert io.reading_bytes(paths) == bytes_a_voxel * 10**6
+    outline = io.outline(paths)
+    tracemalloc.start()
+    volume = io.read_volume(paths)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert outline is not None
+    assert (outline.array.shape, outline.array.dtype) == (volume.array.shape, volume.array.dtype)
+    assert 0.9 * bytes_a_voxel * 10**6 < peak < bytes_a_voxel * 10**6 + 80 * 2**20
