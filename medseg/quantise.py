@@ -6,17 +6,21 @@ says what the masks lose.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from medseg import io
 from medseg.dataset import Case, Dataset, Fold
 from medseg.engines import (
     Float32,
     Quantisation,
-    Quantised,
+    check_engine,
     describe,
     int8_folder,
     keep_quantised,
@@ -41,8 +45,9 @@ def quantise(path: Path, dataset: Dataset, progress: Progress = silent) -> list[
     """Quantise each network of a package, and keep it beside its weights with what it costs.
 
     Of the cases that a fold was trained on, evenly chosen ones calibrate it; on those that it was not, mean Dice is
-    measured in float32 and in 8 bits. Where the dataset's folds are not those of the training (other numbers of cases),
-    nothing tells which the network has seen: then every fifth case measures, the others calibrate.
+    measured in float32 and in 8 bits. Where the dataset is not like that of the training (another name, other channels,
+    labels or numbers of cases), nothing tells which cases the network has seen: then every fifth measures, the others
+    calibrate.
 
     Args:
         path: a package, folder or zip.
@@ -57,10 +62,13 @@ def quantise(path: Path, dataset: Dataset, progress: Progress = silent) -> list[
         DatasetError: fewer than two cases have a label.
         InputError: OpenVINO or NNCF is not installed, a case cannot be read, or the folder cannot be written to.
     """
+    check_engine("openvino-int8", torch.device("cpu"))
     package = load_package(path)
+    folder = int8_folder(path)
+    _require_writable(folder)
     stages = [replace(stage, path=path) for stage in (package.previous, package) if stage]
     ones = [stage.only(fold) for stage in stages for fold in sorted(stage.weights)]
-    return [_quantised(one, int8_folder(path), dataset, progress) for one in ones]
+    return [_quantised(one, folder, dataset, progress) for one in ones]
 
 
 def _quantised(package: ModelPackage, folder: Path, dataset: Dataset, progress: Progress) -> Quantisation:
@@ -73,7 +81,9 @@ def _quantised(package: ModelPackage, folder: Path, dataset: Dataset, progress: 
     tiles = [tile for case in track(chosen, "calibrating", progress) for tile in _tiles(exact, case)]
     small = quantise_network(network, channels, setup.patch_size, tiles)
     names, regions = [case.id for case in chosen], bool(plan.region_order)
-    record = _kept(folder, small, describe(small, network, tiles, digest=package.digest, cases=names, regions=regions))
+    record = describe(small, network, tiles, digest=package.digest, cases=names, regions=regions)
+    with _writing(folder):
+        record = keep_quantised(folder, small, record)
     rough = Predictor(package, PredictSettings(device="cpu", engine="openvino-int8"))
     measured = [dataset.case(name) for name in _evenly(fold.validation, MEASURED_CASES)]
     dices = [[_dice(p, case) for p in (exact, rough)] for case in track(measured, "measuring", progress)]
@@ -85,14 +95,18 @@ def _quantised(package: ModelPackage, folder: Path, dataset: Dataset, progress: 
         "dice_int8": after,
         "dice_loss": None if before is None or after is None else before - after,
     }
-    return _kept(folder, small, record.model_copy(update=cost))
+    with _writing(folder):
+        return keep_quantised(folder, small, record.model_copy(update=cost))
 
 
 def _split(package: ModelPackage, dataset: Dataset) -> tuple[Fold, bool]:
-    """Cases to calibrate and to measure on, and whether the network surely has not been trained on the latter."""
+    """Cases to calibrate and to measure on, and whether the latter pass for cases that the network has not seen."""
     ((number, record),) = ((n, package.manifest.folds[n]) for n in package.weights)
+    plan = package.plan
+    trained = (plan.dataset, plan.channels, plan.labels, record.train_cases, record.validation_cases)
     for fold in dataset.folds()[number : number + 1]:
-        if (len(fold.train), len(fold.validation)) == (record.train_cases, record.validation_cases):
+        given = (dataset.name, dataset.channels, dataset.labels, len(fold.train), len(fold.validation))
+        if given == trained:
             return fold, True
     ids = sorted(case.id for case in dataset.cases)
     return Fold(tuple(name for n, name in enumerate(ids) if n % 5), tuple(ids[::5])), False
@@ -127,8 +141,17 @@ def _mean(dices: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _kept(folder: Path, small: Quantised, record: Quantisation) -> Quantisation:
+def _require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to before all the work for it, not after."""
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        return keep_quantised(folder, small, record)
+        yield
     except OSError as failure:
-        raise InputError(folder, f"cannot be written to: {failure}", "a folder for the networks") from None
+        remedy = "copy the package to a folder of your own"
+        raise InputError(folder, f"cannot be written to: {failure}", "a folder for the networks", remedy) from None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from medseg.package import MANIFEST, Manifest, load_package, zip_package
 from medseg.phantom import make_case
 from medseg.pipeline import RunResult
 from medseg.predict import Predictor, PredictSettings
+from medseg.volume import Labels
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,7 @@ def test_the_cost_is_measured_on_held_out_cases(
     assert record.dice_int8 is not None
     assert record.dice_loss == record.dice_float32 - record.dice_int8
     assert abs(record.dice_loss) < 0.1
+    assert record.agreement is not None
     assert 0.8 < record.agreement < 1
 
 
@@ -118,19 +123,54 @@ def test_where_no_mask_has_any_class_there_is_no_cost(
     assert (record.dice_float32, record.dice_int8, record.dice_loss) == (None, None, None)
 
 
-@pytest.mark.usefixtures("in_no_time")
-def test_a_folder_that_cannot_be_written_to_is_refused(folder: Path, dataset: Dataset) -> None:
+def test_a_folder_that_cannot_be_written_to_is_refused_first(
+    folder: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "int8").write_text("a file where the folder should be")
-    with pytest.raises(InputError, match="int8: cannot be written to"):
+    monkeypatch.setattr(quantise, "_quantised", None)
+    with pytest.raises(InputError, match=r"int8: cannot be written to.*Copy the package to a folder of your own"):
         quantise.quantise(folder, dataset)
 
 
-@pytest.mark.usefixtures("in_no_time")
-def test_of_other_cases_it_is_not_known_what_the_network_has_seen(folder: Path, dataset: Dataset) -> None:
+def test_a_disk_that_fills_meanwhile_is_an_error_too(
+    folder: Path, dataset: Dataset, in_no_time: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    in_no_time.setattr(quantise, "keep_quantised", full)
+    with pytest.raises(InputError, match="int8: cannot be written to: No space left"):
+        quantise.quantise(folder, dataset)
+
+
+def test_a_missing_extra_is_named_first(folder: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    monkeypatch.setattr(quantise, "_quantised", None)
+    with pytest.raises(InputError, match=r'pip install "medseg\[int8\]"'):
+        quantise.quantise(folder, dataset)
+
+
+def of_other_counts(folder: Path, dataset: Dataset) -> Dataset:
     manifest = Manifest.load(folder / MANIFEST)
     folds = {0: manifest.folds[0].model_copy(update={"train_cases": 100})}
     manifest.model_copy(update={"folds": folds}).save(folder / MANIFEST)
-    (record,) = quantise.quantise(folder, dataset)
+    return dataset
+
+
+@pytest.mark.usefixtures("in_no_time")
+@pytest.mark.parametrize(
+    "other",
+    [
+        of_other_counts,
+        lambda folder, dataset: replace(dataset, name="another"),
+        lambda folder, dataset: replace(dataset, channels=("another",)),
+        lambda folder, dataset: replace(dataset, labels=Labels(values={"another": 1})),
+    ],
+)
+def test_of_other_cases_it_is_not_known_what_the_network_has_seen(
+    folder: Path, dataset: Dataset, other: Callable[[Path, Dataset], Dataset]
+) -> None:
+    (record,) = quantise.quantise(folder, other(folder, dataset))
     ids = sorted(case.id for case in dataset.cases)
     assert not record.held_out
     assert record.measured_cases == (ids[0], ids[5])

@@ -67,6 +67,7 @@ _KINDS = {
 _SEPARATE = {None: "auto", True: "always", False: "never"}
 _ANISOTROPY = 3.0  # nnU-Net's ANISO_THRESHOLD
 _SHOWN = 3
+_FOLD = re.compile("fold_(0|[1-9][0-9]*|all)")
 
 
 def import_model(
@@ -84,7 +85,8 @@ def import_model(
     Args:
         folder: the model folder, with ``plans.json``; or a zip of ``nnUNetv2_export_model_to_zip`` that holds one.
         out: folder of the package.
-        folds: by number, or "all"; by default every numbered fold that is there, or else ``fold_all``.
+        folds: by number, or "all" for nnU-Net's ``fold_all``, which was trained on all cases; by default every numbered
+            fold that is there, or else ``fold_all``.
         checkpoint: name of its file in the folder of a fold.
         previous: of a cascade, the model folder of its low-resolution stage; the same folds of it are taken.
         orientation: of the images that the model was trained on, where all were stored in one ("RAS" for
@@ -232,7 +234,7 @@ def _json(path: Source) -> dict[str, Any]:
 
 def _chosen(source: Source, folds: Sequence[int | str] | None, checkpoint: str) -> dict[str, Source]:
     """The checkpoints to read, by fold."""
-    there = {child.name.removeprefix("fold_"): child for child in source.iterdir() if child.name.startswith("fold_")}
+    there = {child.name.removeprefix("fold_"): child for child in source.iterdir() if _FOLD.fullmatch(child.name)}
     found = {fold: child / checkpoint for fold, child in sorted(there.items()) if (child / checkpoint).is_file()}
     wanted = [str(fold) for fold in folds] if folds else [fold for fold in found if fold != "all"] or list(found)
     missing = [f"fold_{fold}/{checkpoint}" for fold in wanted if fold not in found]
@@ -280,7 +282,7 @@ def _load(path: Source) -> _Checkpoint:
             configuration=str(state["init_args"]["configuration"]),
             mirror_axes=tuple(int(axis) for axis in state.get("inference_allowed_mirroring_axes") or ()),
         )
-    except (KeyError, TypeError, AttributeError) as failure:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
         found = f"is no checkpoint of nnU-Net v2: {type(failure).__name__} {failure}"
         raise PackageError(path, found, "network_weights, trainer_name and init_args") from None
 
@@ -300,9 +302,11 @@ def _record(path: Source, fold: str, checkpoint: str) -> FoldRecord:
     if fold == "all" or checkpoint != FINAL or not summary.is_file():
         return said
     body = _json(summary)
-    dice = body.get("foreground_mean", {}).get("Dice", math.nan)
-    cases = len(body.get("metric_per_case", ()))
-    return said.model_copy(update={"dice": dice if math.isfinite(dice) else None, "validation_cases": cases or None})
+    with _understood(str(summary)):
+        dice = body.get("foreground_mean", {}).get("Dice")
+        cases = len(body.get("metric_per_case", ()))
+        known = dice is not None and math.isfinite(dice)
+        return said.model_copy(update={"dice": dice if known else None, "validation_cases": cases or None})
 
 
 def _postprocessing(source: Source, folds: Sequence[str]) -> tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]:

@@ -172,7 +172,8 @@ def padded(x: Tensor, divisor: Sequence[int]) -> Tensor:
 def cropped(x: Tensor, size: Sequence[int]) -> Tensor:
     """The beginning of each spatial axis, as long as ``size``: undoes ``padded``."""
     for axis, n in enumerate(size, start=2):
-        x = x.narrow(axis, 0, n)
+        if x.shape[axis] != n:  # also so that no exported graph has steps that do nothing
+            x = x.narrow(axis, 0, n)
     return x
 
 

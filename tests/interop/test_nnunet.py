@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import math
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -723,6 +725,8 @@ def test_folds(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", folds=(0, 1, 3, "all"))
     (folder / "fold_2").mkdir()
     torch.save({}, folder / "fold_2" / "checkpoint_best.pth")
+    for copy in ("fold_0_before", "fold_backup", "fold_01"):  # no folds of nnU-Net
+        shutil.copytree(folder / "fold_0", folder / copy)
 
     def folds(**more: Any) -> dict[int, str | None]:
         import_model(folder, tmp_path / "package", **more)
@@ -735,6 +739,8 @@ def test_folds(tmp_path: Path) -> None:
     words = "has no fold_2/checkpoint_final.pth .expected fold_0/checkpoint_final.pth or .*fold_2/checkpoint_best.pth"
     with pytest.raises(PackageError, match=words):
         folds(folds=[0, 2])
+    with pytest.raises(PackageError, match=r"has no fold_backup/checkpoint_final.pth"):
+        folds(folds=["backup"])
     with pytest.raises(PackageError, match=r"has no fold_\*/checkpoint_latest.pth"):
         folds(checkpoint="checkpoint_latest.pth")
     alone = write_model(tmp_path / "alone", folds=["all"])
@@ -751,18 +757,30 @@ def test_folds_of_two_configurations_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_dice_of_the_validation(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model", folds=(0, 1), dataset={"licence": "CC-BY-SA 4.0", "reference": "KCL"})
-    for fold, dice in ((0, 0.875), (1, float("nan"))):
+    said = {"licence": "CC-BY-SA 4.0", "reference": "KCL"}
+    folder = write_model(tmp_path / "model", folds=(0, 1, 2), dataset=said)
+    for fold, dice in ((0, 0.875), (1, float("nan")), (2, None)):
         (folder / f"fold_{fold}" / "validation").mkdir()
         summary = {"foreground_mean": {"Dice": dice}, "metric_per_case": [{}, {}]}
         (folder / f"fold_{fold}" / "validation" / "summary.json").write_text(json.dumps(summary))
     (folder / "dataset_fingerprint.json").write_text("{}")
     import_model(folder, tmp_path / "package", name="Mine")
     package = load_package(tmp_path / "package")
-    assert [(r.dice, r.validation_cases) for r in package.manifest.folds.values()] == [(0.875, 2), (None, 2)]
+    assert [(r.dice, r.validation_cases) for r in package.manifest.folds.values()] == [(0.875, 2), *2 * [(None, 2)]]
     assert (package.manifest.name, package.manifest.licence) == ("Mine", "CC-BY-SA 4.0")
     assert "Data: KCL" in package.manifest.notes
     assert package.plan.fingerprint_digest.startswith("44136fa355b3678a")  # SHA-256 of {}
+
+
+@pytest.mark.parametrize(
+    "summary", [{"foreground_mean": []}, {"foreground_mean": {"Dice": "0.9"}}, {"metric_per_case": 3}]
+)
+def test_another_summary_is_refused(tmp_path: Path, summary: dict[str, Any]) -> None:
+    folder = write_model(tmp_path / "model")
+    (folder / "fold_0" / "validation").mkdir()
+    (folder / "fold_0" / "validation" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(PackageError, match=r"summary.json: is not as nnU-Net v2 writes it"):
+        import_model(folder, tmp_path / "package")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -820,12 +838,23 @@ def test_a_checkpoint_of_numpy_1(tmp_path: Path) -> None:
     load_package(tmp_path / "package").networks()
 
 
+MODEL: dict[str, Any] = {
+    "network_weights": {},
+    "trainer_name": "nnUNetTrainer",
+    "init_args": {"configuration": "3d_fullres"},
+}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ({"network_weights": {"a": 1}}, "no checkpoint of nnU-Net v2: AttributeError"),
         ({"state_dict": {}}, "no checkpoint of nnU-Net v2: KeyError 'network_weights'"),
         ([1, 2], "no checkpoint of nnU-Net v2: TypeError"),
+        (torch.zeros(3), "no checkpoint of nnU-Net v2: IndexError"),
+        (MODEL | {"inference_allowed_mirroring_axes": ["x"]}, "no checkpoint of nnU-Net v2: ValueError"),
+        (MODEL | {"inference_allowed_mirroring_axes": [math.inf]}, "no checkpoint of nnU-Net v2: OverflowError"),
+        (MODEL | {"inference_allowed_mirroring_axes": torch.ones(2)}, "no checkpoint of nnU-Net v2: RuntimeError"),
         ({"network_weights": {}, "trainer_name": "nnUNetTrainer", "init_args": {}}, "KeyError 'configuration'"),
     ],
 )
