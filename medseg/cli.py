@@ -658,10 +658,10 @@ def quantise(
         records = quantise_package(package, Dataset.open(dataset), show)
     rows = []
     for record in records:
-        dices = (record.dice_float32, record.dice_int8, record.dice_loss)
-        cells = ("not measured" if dice is None else f"{dice:.4f}" for dice in dices)
-        counts = (str(record.tiles), f"{record.agreement:.4f}", str(len(record.measured_cases)))
-        rows.append((record.network[:12], *counts, *cells))
+        measures = (record.agreement, record.dice_float32, record.dice_int8, record.dice_loss)
+        agreement, *dices = ("not measured" if value is None else f"{value:.4f}" for value in measures)
+        counts = (str(record.tiles), agreement, str(len(record.measured_cases)))
+        rows.append((record.network[:12], *counts, *dices))
     header = ("network", "calibration tiles", "agreement", "measured cases", "Dice", "Dice in 8 bits", "loss")
     _table(_console(stderr=False), header, rows)
 
