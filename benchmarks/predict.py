@@ -473,8 +473,10 @@ from medseg.preprocess import prepare
 package, image, out = load_package(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
 for _ in range(int(sys.argv[4])):
     start = time.perf_counter()
-    ready = prepare(read_volume(image, 1), package.plan, package.configuration)
-    print("seconds", time.perf_counter() - start)
+    volume = read_volume(image, 1)
+    read = time.perf_counter()
+    ready = prepare(volume, package.plan, package.configuration)
+    print("seconds", read - start, time.perf_counter() - read)
 np.save(out, ready.image)
 """
 
@@ -488,37 +490,40 @@ setup = plans.get_configuration("3d_fullres")
 preprocessor = setup.preprocessor_class(verbose=False)
 for _ in range(int(sys.argv[4])):
     start = time.perf_counter()
-    array, _, _ = preprocessor.run_case([image], None, plans, setup, model + "/dataset.json")
-    print("seconds", time.perf_counter() - start)
+    volume, properties = plans.image_reader_writer_class().read_images([image])
+    read = time.perf_counter()
+    array = preprocessor.run_case_npy(volume, None, properties, plans, setup, model + "/dataset.json")[0]
+    print("seconds", read - start, time.perf_counter() - read)
 np.save(out, array)
 """
 
 
 def preparation(args: argparse.Namespace) -> list[Row]:
-    """Reading, cropping, normalising and cubic resampling of one volume; the median of some times in one process."""
+    """Reading, and cropping, normalising and cubic resampling, of one volume; medians of some times in one process."""
     work = args.work / "prepare"
     image = ct_phantom(work / "ct_0000.nii.gz", args.shape, (0.8, 0.8, 1.0))
     package = random_package(work / "package", plan_of(3, (8, 16), (32, 32, 32), (1.5, 1.5, 1.5)))
     model = model_folder(work / "model", package)
-    seconds = {}
+    seconds: dict[str, list[float]] = {}
     for name, python, code, weights in (
         ("nnU-Net", args.peer, PEER_PREPARE, model),
         ("medseg", Path(sys.executable), OUR_PREPARE, work / "package"),
     ):
         log = work / f"{name}.log"
         run([python, "-c", code, weights, image, work / f"{name}.npy", args.times], log, **peer_environment(work))
-        lines = [line for line in log.read_text().splitlines() if line.startswith("seconds")]
-        seconds[name] = statistics.median(float(line.split()[1]) for line in lines)
+        times = [line.split()[1:] for line in log.read_text().splitlines() if line.startswith("seconds")]
+        seconds[name] = [statistics.median(map(float, column)) for column in zip(*times, strict=True)]
     ours, theirs = (np.load(work / f"{name}.npy") for name in ("medseg", "nnU-Net"))
     difference = float(np.abs(ours - theirs).max() / np.ptp(theirs))
     return [
-        {"program": "nnU-Net", "seconds": f"{seconds['nnU-Net']:.2f}"},
         {
-            "program": "medseg",
-            "seconds": f"{seconds['medseg']:.2f}",
-            "times faster": f"{seconds['nnU-Net'] / seconds['medseg']:.1f}",
-            "largest difference / range": f"{difference:.1e}",
-        },
+            "step": step,
+            "nnU-Net, seconds": f"{seconds['nnU-Net'][n]:.3f}",
+            "medseg, seconds": f"{seconds['medseg'][n]:.3f}",
+            "times faster": f"{seconds['nnU-Net'][n] / seconds['medseg'][n]:.1f}",
+            "largest difference / range": f"{difference:.1e}" if n else "",
+        }
+        for n, step in enumerate(("read", "prepare"))
     ]
 
 

@@ -415,7 +415,8 @@ def plan(
     before `medseg train`.
     """
     from medseg.dataset import Dataset
-    from medseg.pipeline import check_station, plan_station, writing_to
+    from medseg.folder import writing_to
+    from medseg.pipeline import check_station, plan_station
     from medseg.recipe import settings_of
 
     target = out or _default_out(dataset)
@@ -459,7 +460,8 @@ def train(
     goes on after an interruption.
     """
     from medseg.dataset import Dataset
-    from medseg.pipeline import check_station, chosen_folds, train_station, writing_to
+    from medseg.folder import writing_to
+    from medseg.pipeline import check_station, chosen_folds, train_station
     from medseg.plan import Plan
 
     target = out or _default_out(dataset)
@@ -550,8 +552,8 @@ def predict(
     """
     from medseg.batch import predict_cases
     from medseg.cases import find_cases, require_apart
+    from medseg.folder import writing_to
     from medseg.io import suffix_of
-    from medseg.pipeline import writing_to
     from medseg.predict import load
 
     if out.is_file() or suffix_of(out):

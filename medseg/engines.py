@@ -181,7 +181,8 @@ def check_engine(name: str, device: torch.device, precision: str = "32") -> None
     if precision not in allowed:
         raise InputError("--precision", f"{precision!r} is not for {name} on {device}", " or ".join(allowed))
     for module in _MODULES.get(name, ()):
-        _openvino(name) if module == "openvino" else _brought(module, name)
+        if importlib.util.find_spec(module) is None:  # looked for only: NNCF takes half a second to be imported
+            raise _missing(module, name, f"no module named {module}")
 
 
 def _brought(module: str, name: str) -> Any:
@@ -191,8 +192,12 @@ def _brought(module: str, name: str) -> Any:
             warnings.simplefilter("ignore")  # of its own dependencies
             return importlib.import_module(module)
     except ImportError as failure:
-        remedy = f'install it: pip install "medseg[{_EXTRAS[name]}]"'
-        raise InputError("--engine", f"{name!r} cannot be used: {failure}", f"{module} installed", remedy) from None
+        raise _missing(module, name, str(failure)) from None
+
+
+def _missing(module: str, name: str, reason: str) -> InputError:
+    remedy = f'install it: pip install "medseg[{_EXTRAS[name]}]"'
+    return InputError("--engine", f"{name!r} cannot be used: {reason}", f"{module} installed", remedy)
 
 
 @contextlib.contextmanager

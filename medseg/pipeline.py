@@ -7,25 +7,24 @@ choices, does only what is missing.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import medseg
 from medseg.batch import predict_cases
-from medseg.cases import Shard, mask_name
+from medseg.cases import mask_name
 from medseg.check import check
 from medseg.dataset import Case, Dataset, Findings, Fold
 from medseg.engines import choose_device
-from medseg.errors import DatasetError, InputError, MedsegError
+from medseg.errors import DatasetError, InputError
 from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, Pair, evaluate_cases
 from medseg.fingerprint import Fingerprint, measure
+from medseg.folder import writing_to
 from medseg.journal import versions
 from medseg.package import FoldRecord, load_package, note_dice, save_package
 from medseg.patches import prepare_cases
@@ -33,7 +32,7 @@ from medseg.plan import ConfigurationName, Plan
 from medseg.planning import make_plan, override_plan
 from medseg.predict import Predictor, PredictSettings
 from medseg.progress import Progress, silent
-from medseg.records import Record, digest_file, digest_of, read_json, remove_leftovers, write_json, write_text
+from medseg.records import Record, digest_file, digest_of, read_json, write_json, write_text
 from medseg.report import markdown_summary, save_curve
 from medseg.train import LOG, WEIGHTS, Job, TrainSettings, precision_of, refuse_impossible, train_fold
 from medseg.volume import Labels
@@ -41,8 +40,6 @@ from medseg.volume import Labels
 log = logging.getLogger(__name__)
 
 NOTICE = "Research software, not a medical device."
-SWEEP_SECONDS = 10.0
-"""So long a shard waits for another that sweeps the folder they share."""
 DEFAULT_MEMORY_MB = 8192.0
 """Memory that a plan may use where nothing else is said: nnU-Net's 8 GB."""
 
@@ -386,86 +383,3 @@ def _kept(path: Path, kind: type[Record], key: str) -> Any:
     except (InputError, OSError):
         pass
     return None
-
-
-@contextlib.contextmanager
-def writing_to(out: Path, shard: Shard | None = None) -> Iterator[None]:
-    """Hold an output folder: one writer at a time, what a killed run left half-written swept away, and a log kept.
-
-    Shards hold it together, each of them once, and only the first that comes sweeps.
-
-    Raises:
-        InputError: another run holds the folder, or it cannot be written to.
-    """
-    suffix = shard.suffix if shard else ""
-    with _sole_writer(out, suffix), _log_file(out / f"log{suffix}.txt"):
-        yield
-
-
-@contextlib.contextmanager
-def _sole_writer(out: Path, suffix: str) -> Iterator[None]:
-    """Hold the output folder; a second run on it is refused. The system frees the hold when the process ends."""
-    with contextlib.ExitStack() as stack:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((out / ".lock").open("a"))
-            own = stack.enter_context((out / f".lock{suffix}").open("a")) if suffix else file
-        except OSError as failure:
-            remedy = "give another folder with -o"
-            found = f"cannot be written to: {failure.strerror}"
-            raise InputError(out, found, "a folder for results", remedy) from None
-        try:
-            import fcntl
-        except ImportError:  # Windows: no such lock
-            remove_leftovers(out)
-            yield
-            return
-        try:
-            if _locked(file, fcntl.LOCK_EX, fcntl):
-                remove_leftovers(out)
-            elif not suffix:
-                raise _held(out)
-            if suffix and not (
-                _locked(file, fcntl.LOCK_SH, fcntl, SWEEP_SECONDS) and _locked(own, fcntl.LOCK_EX, fcntl)
-            ):
-                raise _held(out)
-        except OSError as failure:  # some network file systems know no locks
-            log.warning("%s cannot be locked (%s): start no other run on it", out, failure.strerror)
-        yield
-
-
-def _locked(file: IO[str], kind: int, fcntl: Any, patience: float = 0.0) -> bool:
-    """Lock a file, or change the lock that there is; whether no other process was in the way for so many seconds."""
-    end = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= end:
-                return False
-            time.sleep(0.05)
-
-
-def _held(out: Path) -> InputError:
-    return InputError(out, "another run is writing here", "one run a folder", "wait, or give another -o")
-
-
-@contextlib.contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Append what medseg logs to a file while the block runs, and how it ended if not well."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("medseg")
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    except BaseException as failure:
-        logger.error("%s", failure if isinstance(failure, MedsegError) else repr(failure))
-        raise
-    finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
-        handler.close()

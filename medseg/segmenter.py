@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from medseg import io
 from medseg.errors import DatasetError, InputError
 from medseg.evaluate import Evaluation
+from medseg.folder import writing_to
 from medseg.io import nifti
 from medseg.package import ModelPackage, load_package, write_package, zip_package
-from medseg.pipeline import run, writing_to
+from medseg.pipeline import run
 from medseg.plan import ConfigurationName, Plan
 from medseg.predict import Predictor, PredictSettings
 from medseg.progress import Progress, silent

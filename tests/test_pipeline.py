@@ -406,17 +406,6 @@ def test_two_runs_in_one_folder(
     run(phantom_dataset, done, train=SETTINGS, overrides=tiny_overrides)  # the hold ended with the run
 
 
-def test_a_file_system_without_locks(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fcntl = pytest.importorskip("fcntl")
-
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pipeline.writing_to(done):
-        pass
-
-
 def test_a_folder_that_cannot_be_written_to(
     phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,11 +426,8 @@ def test_a_folder_that_cannot_be_written_to(
 def test_errors_stand_in_the_log(phantom_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError):
         run(phantom_dataset, tmp_path, train=SETTINGS, overrides=["plan.nonsense=1"])
-    with pytest.raises(KeyboardInterrupt), pipeline.writing_to(tmp_path):
-        raise KeyboardInterrupt
     log = (tmp_path / "log.txt").read_text()
     assert "ERROR --set plan.nonsense=1" in log
-    assert "ERROR KeyboardInterrupt" in log
 
 
 # ---- interrupted -----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from medseg.cli import as_command
 from medseg.dataset import Dataset
 from medseg.errors import InputError
 from medseg.fingerprint import measure
+from medseg.folder import writing_to
 from medseg.io import read_mask, write_mask
 from medseg.metrics import InstanceMeans, score_instances
 from medseg.phantom import make_dataset, write_scenes
@@ -236,7 +237,7 @@ def test_the_command_for_nuclei_says_what_was_odd_and_what_failed(
     plain = pipeline.run
 
     def without_a_mask(*arguments: Any, **choices: Any) -> Any:
-        with pipeline.writing_to(out):  # not held while it runs
+        with writing_to(out):  # not held while it runs
             pass
         result = plain(*arguments, **choices)
         first, *others = result.evaluation.cases
@@ -324,7 +325,7 @@ def test_made_up_land_is_written_once(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder / "scene.tif").write_bytes(b"as it was")
     assert script.made_up(tmp_path / "out") == folder
     assert (folder / "scene.tif").read_bytes() == b"as it was"
-    with pipeline.writing_to(tmp_path / "out"), pytest.raises(InputError, match="another run"):
+    with writing_to(tmp_path / "out"), pytest.raises(InputError, match="another run"):
         script.made_up(tmp_path / "out")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from medseg.errors import PlanError
 from medseg.networks.attention_unet import AttentionUNet
-from medseg.networks.blocks import INSTANCE_NORM, LEAKY_RELU, RELU
+from medseg.networks.blocks import BATCH_NORM, INSTANCE_NORM, LEAKY_RELU, RELU
 from medseg.networks.heads import CellSegmenter, SatelliteSegmenter
 from medseg.networks.residual_unet import ResidualUNet
 from medseg.networks.unet import PRESETS, UNet
@@ -29,7 +29,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "satellite_segmenter": SatelliteSegmenter,
 }
 
-_NORMS = {"instance": INSTANCE_NORM, "batch": "BATCH"}
+_NORMS = {"instance": INSTANCE_NORM, "batch": BATCH_NORM}
 _ACTS = {"leakyrelu": LEAKY_RELU, "relu": RELU}
 
 

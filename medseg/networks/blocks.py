@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
-from monai.networks.layers.utils import get_act_layer, get_dropout_layer, get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Sizes = int | Sequence[int]
 INSTANCE_NORM = ("INSTANCE", {"affine": True})
-LEAKY_RELU = ("LEAKYRELU", {"negative_slope": 0.01, "inplace": True})
-RELU = ("RELU", {"inplace": True})
+BATCH_NORM = "BATCH"
+LEAKY_RELU: tuple[str, dict[str, Any]] = ("LEAKYRELU", {"negative_slope": 0.01, "inplace": True})
+RELU: tuple[str, dict[str, Any]] = ("RELU", {"inplace": True})
 
 
 class Stage(NamedTuple):
@@ -113,14 +113,47 @@ class ConvBlock(nn.Module):
         padding = tuple(k // 2 for k in kernel)
         sizes = {"kernel_size": tuple(kernel), "stride": tuple(stride), "padding": padding}
         self.conv = convolution(spatial_dims)(in_channels, out_channels, **sizes, bias=bias)
-        self.dropout = get_dropout_layer(dropout, spatial_dims) if dropout else nn.Identity()
-        self.norm = get_norm_layer(norm, spatial_dims, out_channels) if norm is not None else nn.Identity()
-        self.act = get_act_layer(act) if act is not None else nn.Identity()
+        self.dropout = _dropout(dropout, spatial_dims) if dropout else nn.Identity()
+        self.norm = _norm(norm, spatial_dims, out_channels) if norm is not None else nn.Identity()
+        self.act = _activation(act) if act is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output."""
         result: Tensor = self.act(normalised(self.norm, self.dropout(self.conv(x))))
         return result
+
+
+# MONAI makes what it specifies, but takes two seconds to be imported: what plans can name is made here.
+
+
+def _norm(norm: Any, spatial_dims: int, channels: int) -> nn.Module:
+    flat = spatial_dims == 2
+    if norm == INSTANCE_NORM:
+        return (nn.InstanceNorm2d if flat else nn.InstanceNorm3d)(channels, affine=True)
+    if norm == BATCH_NORM:
+        return (nn.BatchNorm2d if flat else nn.BatchNorm3d)(channels)
+    from monai.networks.layers.utils import get_norm_layer
+
+    layer: nn.Module = get_norm_layer(norm, spatial_dims, channels)
+    return layer
+
+
+def _activation(act: Any) -> nn.Module:
+    if act == LEAKY_RELU:
+        return nn.LeakyReLU(**LEAKY_RELU[1])
+    if act == RELU:
+        return nn.ReLU(**RELU[1])
+    from monai.networks.layers.utils import get_act_layer
+
+    layer: nn.Module = get_act_layer(act)
+    return layer
+
+
+def _dropout(dropout: Any, spatial_dims: int) -> nn.Module:
+    from monai.networks.layers.utils import get_dropout_layer
+
+    layer: nn.Module = get_dropout_layer(dropout, spatial_dims)
+    return layer
 
 
 def conv_stage(conv: Callable[..., nn.Module], channels: int, stage: Stage) -> nn.Sequential:

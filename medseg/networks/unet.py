@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any, Literal, Self
 
 import torch
-from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medseg.networks.blocks import (
+    BATCH_NORM,
     ENCODER_STAGES,
     INSTANCE_NORM,
     LEAKY_RELU,
@@ -141,7 +141,7 @@ class UNet(nn.Module):
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         features = (*PRESETS[name], 2 * PRESETS[name][-1])
-        form = {"downsampling": "pool", "norm": "BATCH", "act": RELU, **more}
+        form = {"downsampling": "pool", "norm": BATCH_NORM, "act": RELU, **more}
         return cls(spatial_dims, in_channels, out_channels, features, **form)
 
     def _encoder_stage(
@@ -171,14 +171,14 @@ class UNet(nn.Module):
             whole = levels[0].shape[2:]
             return [_unpadded(head(level), size, whole) for head, level in zip(self.heads, levels, strict=True)]
         logits = cropped(self.heads[0](levels[0]), size)
-        if isinstance(x, MetaTensor) and not self.training:
-            logits = MetaTensor(logits).copy_meta_from(x)  # type: ignore[no-untyped-call]
+        if _is_metatensor(x) and not self.training:
+            logits = type(x)(logits).copy_meta_from(x)  # type: ignore[attr-defined]
         return logits
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """Features of every encoder stage, highest resolution first, of the input padded to a multiple of strides."""
-        if isinstance(x, MetaTensor):  # MONAI's, that every layer would hand on: slower, and nothing needs it inside
-            x = x.as_tensor()
+        if _is_metatensor(x):  # every layer would hand it on: slower, and nothing needs it inside
+            x = x.as_tensor()  # type: ignore[attr-defined]
         x = arranged(padded(x, self.divisor))
         skips = []
         for stage in self.encoder:
@@ -205,6 +205,11 @@ class UNet(nn.Module):
             return again
         result: Tensor = stage(x)
         return result
+
+
+def _is_metatensor(x: Tensor) -> bool:
+    """Whether it is MONAI's MetaTensor: told by what it can do, as importing MONAI takes two seconds."""
+    return hasattr(x, "copy_meta_from")
 
 
 def _unpadded(x: Tensor, size: Sequence[int], whole: Sequence[int]) -> Tensor:

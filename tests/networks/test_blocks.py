@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.networks.layers.utils import get_act_layer, get_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medseg.networks.blocks import (
+    BATCH_NORM,
+    INSTANCE_NORM,
+    LEAKY_RELU,
+    RELU,
     ConvBlock,
     Stage,
     arranged,
@@ -195,3 +202,32 @@ def test_other_norms_take_their_own_way() -> None:
     assert tracking.running_mean is not None
     assert tracking.running_mean.any()
     assert normalised(nn.Identity(), x) is x
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("norm", [INSTANCE_NORM, BATCH_NORM])
+@pytest.mark.parametrize("act", [RELU, LEAKY_RELU])
+def test_layers_that_are_made_here_are_those_of_monai(spatial_dims: int, norm: Any, act: Any) -> None:
+    block = ConvBlock(spatial_dims, 1, 4, (3,) * spatial_dims, (1,) * spatial_dims, norm=norm, act=act)
+    assert repr(block.norm) == repr(get_norm_layer(norm, spatial_dims, 4))
+    assert repr(block.act) == repr(get_act_layer(act))
+
+
+def test_other_layers_are_made_by_monai() -> None:
+    block = ConvBlock(2, 1, 4, (3, 3), (1, 1), norm=("GROUP", {"num_groups": 2}), act="PRELU", dropout=0.5)
+    assert isinstance(block.norm, nn.GroupNorm)
+    assert isinstance(block.act, nn.PReLU)
+    assert isinstance(block.dropout, nn.Dropout2d)
+
+
+def test_a_network_of_a_plan_needs_no_monai() -> None:
+    """Importing it takes two seconds, which is most of the start of a prediction."""
+    code = (
+        "import sys, torch\n"
+        "from medseg.batch import predict_folder\n"
+        "from medseg.networks import ARCHITECTURES\n"
+        "for build in ARCHITECTURES.values():\n"
+        "    build(spatial_dims=2, in_channels=1, out_channels=3, features=(4, 8)).eval()(torch.zeros(1, 1, 16, 16))\n"
+        "assert 'monai' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
