@@ -14,9 +14,8 @@ import torch
 
 from medseg import io
 from medseg.errors import InputError, MedsegError
-from medseg.geometry import Geometry
 from medseg.plan import Configuration, Plan
-from medseg.preprocess import plan_grid
+from medseg.preprocess import plan_grid, plan_order
 from medseg.records import Record
 from medseg.sliding_window import buffer_bytes
 from medseg.volume import Volume
@@ -118,12 +117,12 @@ class Estimator:
         """
         plan, setup = self.plan, self.configuration
         native = math.prod(source.geometry.shape)
-        grid = plan_shape or self._plan_shape(source.geometry)
+        _, oriented, uncropped = plan_order(source.geometry, plan)
+        grid = plan_shape or plan_grid(uncropped, setup)[0]
         prepared = 4 * plan.inputs(setup) * math.prod(grid)
         # the pieces of what is 0, which are numbered
         body = 5 * native if any(rule.nonzero_only for rule in plan.normalisation) else 0
-        upright = self._upright(source.geometry)
-        straight = 0 if upright is None else 4 * len(source.array) * math.prod(upright.shape)
+        straight = 0 if uncropped is oriented else 4 * len(source.array) * math.prod(uncropped.shape)
         # the mask of the earlier model, in indices too, on the grids of the file and of the plan
         before = 3 * native + math.prod(grid) if self.earlier else 0
         patch = math.prod(setup.patch_size)
@@ -209,20 +208,6 @@ class Estimator:
     def limit_mb(self) -> float:
         """What the process may take: what it was told, or what it has and is free."""
         return self.most_mb or resident_mb() + free_mb()
-
-    def _oriented(self, native: Geometry) -> Geometry:
-        own = self.plan.orientation == "stored"
-        letters = "".join((native.orientation if own else self.plan.orientation)[axis] for axis in self.plan.axes)
-        return native.reoriented(native.to(letters))
-
-    def _upright(self, native: Geometry) -> Geometry | None:
-        """The grid with orthogonal axes that a sheared one is brought to first, or None."""
-        is_kept = self.plan.orientation == "stored" or not native.is_sheared
-        return None if is_kept else self._oriented(native).orthogonalised()
-
-    def _plan_shape(self, native: Geometry) -> Sequence[int]:
-        shape, _ = plan_grid(self._upright(native) or self._oriented(native), self.configuration)
-        return shape
 
     def _device_free_mb(self) -> float:
         if self.device.type != "cuda":

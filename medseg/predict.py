@@ -34,9 +34,9 @@ from medseg.errors import InputError
 from medseg.memory import Budget, Estimator, Strategy, resident_mb
 from medseg.package import ModelPackage, load_package
 from medseg.postprocess import keep_largest
-from medseg.preprocess import Prepared, prepare, restore
+from medseg.preprocess import Prepared, Probabilities, prepare, restore
 from medseg.records import Record, digest_of
-from medseg.resample import Slab
+from medseg.resample import Place, Slab
 from medseg.sliding_window import is_out_of_memory, slabs
 from medseg.volume import Mask, Volume
 
@@ -72,9 +72,6 @@ class Ready:
 
     prepared: Prepared
     source: Volume
-
-
-Taker = Callable[[tuple[slice, slice, slice], NDArray[np.float32]], None]
 
 
 class Predictor:
@@ -156,7 +153,7 @@ class Predictor:
     def infer(
         self,
         ready: Ready,
-        probabilities: Taker | None = None,
+        probabilities: Probabilities | None = None,
         report: Callable[[float], None] = lambda fraction: None,
         besides_mb: float = 0.0,
     ) -> tuple[Mask, Strategy]:
@@ -266,7 +263,7 @@ class Predictor:
         ]
 
     def _mask(
-        self, ready: Ready, strategy: Strategy, probabilities: Taker | None, report: Callable[[float], None]
+        self, ready: Ready, strategy: Strategy, probabilities: Probabilities | None, report: Callable[[float], None]
     ) -> Mask:
         plan, setup, trace = self.package.plan, self.package.configuration, ready.prepared.trace
         finished = slabs(
@@ -283,7 +280,7 @@ class Predictor:
         if probabilities is not None:
             channels = [channel for channel, _ in self.classes]
 
-            def taker(place: tuple[slice, slice, slice], values: NDArray[np.float32]) -> None:
+            def taker(place: Place, values: NDArray[np.float32]) -> None:
                 probabilities(place, values[channels])
 
         array = restore(_counted(finished, trace.plan_shape, report), trace, plan, taker)

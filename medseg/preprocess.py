@@ -112,10 +112,9 @@ def prepare(
     """
     _require_channels(volume, plan)
     _require_fitting(previous, configuration)
-    letters = _letters(volume.geometry, plan)
+    letters, oriented, grid = plan_order(volume.geometry, plan)
     turn = volume.geometry.to(letters)
-    array, oriented = turn.apply(volume.array), volume.geometry.reoriented(turn)
-    grid = oriented if plan.orientation == "stored" else _orthogonal(oriented)
+    array = turn.apply(volume.array)
     if grid is not oriented:
         array = _sampled(array, oriented, grid, min(plan.resampling.image, 1))
     box = _nonzero_box(array)
@@ -200,6 +199,19 @@ def normalise(array: NDArray[Any], normalisation: tuple[Normalisation, ...]) -> 
     ``nonzero_only``; those of a picture or of a single plane do not: in three dimensions they are open.
     """
     return np.stack([channel[(slice(None),) * (array.ndim - 1)] for channel in _scaled(array, normalisation)])
+
+
+def plan_order(native: Geometry, plan: Plan) -> tuple[str, Geometry, Geometry]:
+    """A native grid in the order of the plan's axes.
+
+    Returns:
+        the letters of the axes; the grid reoriented to them; and the orthogonal grid that it is brought to where it is
+        sheared, else (and under the orientation "stored") the reoriented grid itself.
+    """
+    orientation = native.orientation if plan.orientation == "stored" else plan.orientation
+    letters = "".join(orientation[axis] for axis in plan.axes)
+    oriented = native.reoriented(native.to(letters))
+    return letters, oriented, oriented if plan.orientation == "stored" else _orthogonal(oriented)
 
 
 def plan_grid(cropped: Geometry, configuration: Configuration) -> tuple[tuple[int, int, int], tuple[float, ...]]:
@@ -338,12 +350,6 @@ def _native_place(place: Place, trace: GridTrace, back: Reorientation) -> Place:
         start, stop = (trace.box_start[axis] + n for n in (place[axis].start, place[axis].stop))
         slices.append(slice(size - stop, size - start) if flip else slice(start, stop))
     return slices[0], slices[1], slices[2]
-
-
-def _letters(geometry: Geometry, plan: Plan) -> str:
-    """The orientation of the plan's axes."""
-    orientation = geometry.orientation if plan.orientation == "stored" else plan.orientation
-    return "".join(orientation[axis] for axis in plan.axes)
 
 
 def _require_channels(volume: Volume, plan: Plan) -> None:
