@@ -14,6 +14,7 @@ from pydantic import model_validator
 from medseg.errors import InputError
 from medseg.geometry import Geometry
 from medseg.records import Record
+from medseg.terminology import Coding, Colour
 
 
 class Labels(Record):
@@ -23,11 +24,15 @@ class Labels(Record):
         values: name -> integer, background left out. Any integers of 32 bits but 0, which is background; 254 at most.
         regions: name -> the integers it unites, scored beside the classes (as "whole tumour").
         ignore: the integer of voxels that no one labelled: left out of loss, sampling and scores.
+        codings: name -> what it stands for in SNOMED CT; of some or none of the labels.
+        colours: name -> the colour to show it in; of some or none of the labels.
     """
 
     values: dict[str, int]
     regions: dict[str, tuple[int, ...]] = {}
     ignore: int | None = None
+    codings: dict[str, Coding] = {}
+    colours: dict[str, Colour] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Labels:
