@@ -1,0 +1,373 @@
+"""DICOM files for tests: valid CT, MR and PET series, one file a slice, and enhanced multi-frame CT and MR.
+
+The world here is LPS millimetres, as in DICOM; ``affine_of`` alone gives RAS+.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+    PositronEmissionTomographyImageStorage,
+    RLELossless,
+    generate_uid,
+)
+from pydicom.valuerep import DS
+
+Vector = Sequence[float]
+Change = Callable[[Dataset, int], object]
+
+CLASSIC = {"CT": CTImageStorage, "MR": MRImageStorage, "PT": PositronEmissionTomographyImageStorage}
+ENHANCED = {"CT": EnhancedCTImageStorage, "MR": EnhancedMRImageStorage}
+MARKED = """
+    AccessionNumber AdditionalPatientHistory AcquisitionDeviceProcessingDescription CurrentPatientLocation
+    DerivationDescription DeviceSerialNumber EthnicGroup ImageComments InstitutionAddress InstitutionName
+    InstitutionalDepartmentName IssuerOfPatientID Manufacturer ManufacturerModelName MedicalAlerts
+    NameOfPhysiciansReadingStudy Occupation OperatorsName OtherPatientNames PatientAddress PatientBirthName
+    PatientComments PatientID PatientMotherBirthName PatientName PatientTelephoneNumbers
+    PerformedProcedureStepDescription PerformedProcedureStepID PerformingPhysicianName PhysiciansOfRecord
+    PositionReferenceIndicator ProtocolName ReferringPhysicianName RequestingPhysician SeriesDescription
+    SoftwareVersions StationName StudyDescription StudyID
+"""
+"""Keywords of names, ids and free text."""
+
+
+def write_series(
+    folder: Path,
+    array: NDArray[Any],
+    *,
+    spacing: Vector = (1.0, 1.0, 1.0),
+    row: Vector = (1, 0, 0),
+    column: Vector = (0, 1, 0),
+    origin: Vector = (0, 0, 0),
+    step: Vector | None = None,
+    offsets: Sequence[float] | None = None,
+    modality: str = "CT",
+    slope: float | Sequence[float] = 1,
+    intercept: float | Sequence[float] = 0,
+    syntax: str = ExplicitVRLittleEndian,
+    uid: str | None = None,
+    study_uid: str | None = None,
+    marker: str = "",
+    change: Change | None = None,
+) -> list[Path]:
+    """Write a series of one file a slice; neither file names nor InstanceNumbers follow the position.
+
+    Args:
+        folder: where to; made where it is missing.
+        array: stored values (I, J, K) of 8, 16 or 32 bits, I along ``row``, J along ``column``.
+        spacing: distance of voxel centres along I, J, K, mm.
+        row: unit vector along I, LPS.
+        column: unit vector along J, LPS.
+        origin: centre of voxel (0, 0, 0), LPS mm.
+        step: vector from a slice to the next, LPS mm; normal times ``spacing[2]`` unless given.
+        offsets: where the slices lie along the direction of ``step``, mm from ``origin``; even unless given.
+        modality: CT, MR or PT.
+        slope: of rescaling; one, or one a slice.
+        intercept: likewise.
+        syntax: UID of the transfer syntax: native ones, deflated, and those that pydicom has an encoder
+            for (JPEG 2000 from 32 x 32 on).
+        uid: of the series.
+        study_uid: of the study.
+        marker: text, 16 characters at most, for every name, id and free-text field.
+        change: called with every data set, as it will be saved, and its k.
+
+    Returns:
+        The files, in the order of the slices.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    count = array.shape[2]
+    places = _places(count, spacing, row, column, origin, step, offsets)
+    shared = (uid or generate_uid(), study_uid or generate_uid(), generate_uid())
+    numbers = np.random.default_rng(count).permutation(count) + 1
+    slopes, intercepts = np.broadcast_to(slope, count), np.broadcast_to(intercept, count)
+    paths = []
+    for k in range(count):
+        dataset = _composite(CLASSIC[modality], modality, shared, int(numbers[k]), marker)
+        _plane(dataset, spacing, row, column, places[k])
+        _CLASSIC_MODULES[modality](dataset, count, k)
+        if modality != "MR" or slopes[k] != 1 or intercepts[k] != 0:
+            dataset.RescaleSlope, dataset.RescaleIntercept = _ds(slopes[k]), _ds(intercepts[k])
+        _pixels(dataset, array[:, :, k : k + 1], syntax)
+        if change is not None:
+            change(dataset, k)
+        paths.append(_saved(dataset, folder / f"im{(numbers[k] * 7919) % 10007:05d}.dcm"))
+    return paths
+
+
+def write_enhanced(
+    folder: Path,
+    array: NDArray[Any],
+    *,
+    spacing: Vector = (1.0, 1.0, 1.0),
+    row: Vector = (1, 0, 0),
+    column: Vector = (0, 1, 0),
+    origin: Vector = (0, 0, 0),
+    step: Vector | None = None,
+    offsets: Sequence[float] | None = None,
+    modality: str = "MR",
+    slope: float | Sequence[float] = 1,
+    intercept: float | Sequence[float] = 0,
+    syntax: str = ExplicitVRLittleEndian,
+    uid: str | None = None,
+    study_uid: str | None = None,
+    marker: str = "",
+    change: Change | None = None,
+) -> Path:
+    """Write one enhanced multi-frame file, its frames out of order; ``change`` gets the whole data set and 0.
+
+    The other arguments are those of ``write_series``; ``modality`` is MR or CT.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    count = array.shape[2]
+    places = _places(count, spacing, row, column, origin, step, offsets)
+    shared = (uid or generate_uid(), study_uid or generate_uid(), generate_uid())
+    slopes, intercepts = np.broadcast_to(slope, count), np.broadcast_to(intercept, count)
+    dataset = _composite(ENHANCED[modality], modality, shared, 1, marker)
+    _enhanced(dataset, count)
+    shared_groups, frames = Dataset(), []
+    shared_groups.PixelMeasuresSequence = [_item(_pixel_measures, spacing)]
+    shared_groups.PlaneOrientationSequence = [_item(_orientation, row, column)]
+    order = np.random.default_rng(count).permutation(count)
+    for k in order:
+        frame = Dataset()
+        frame.PlanePositionSequence = [_item(_position, places[k])]
+        content = Dataset()
+        content.FrameAcquisitionDateTime = content.FrameReferenceDateTime = "20240102030405"
+        content.FrameAcquisitionDuration = 1.0
+        content.FrameAcquisitionNumber = 1
+        content.StackID, content.InStackPositionNumber = "1", int(k) + 1
+        content.DimensionIndexValues = [1, int(k) + 1]
+        frame.FrameContentSequence = [content]
+        values = Dataset()
+        values.RescaleIntercept, values.RescaleSlope = _ds(intercepts[k]), _ds(slopes[k])
+        values.RescaleType = "HU" if modality == "CT" else "US"
+        frame.PixelValueTransformationSequence = [values]
+        frames.append(frame)
+    _ENHANCED_MODULES[modality](dataset, shared_groups)
+    dataset.SharedFunctionalGroupsSequence = [shared_groups]
+    dataset.PerFrameFunctionalGroupsSequence = frames
+    _pixels(dataset, array[:, :, order], syntax)
+    if change is not None:
+        change(dataset, 0)
+    return _saved(dataset, folder / "enhanced.dcm")
+
+
+def affine_of(
+    *,
+    spacing: Vector = (1.0, 1.0, 1.0),
+    row: Vector = (1, 0, 0),
+    column: Vector = (0, 1, 0),
+    origin: Vector = (0, 0, 0),
+    step: Vector | None = None,
+    offsets: Sequence[float] | None = None,
+) -> NDArray[np.float64]:
+    """RAS+ affine of the array that was written, index to world mm; with ``offsets``, from the first two of them.
+
+    A reader that lays slices along their normal turns the array where ``step`` points against it: compare worlds.
+    """
+    first, second = _places(2, spacing, row, column, origin, step, offsets)
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = np.array(row) * spacing[0], np.array(column) * spacing[1]
+    affine[:3, 2], affine[:3, 3] = second - first, first
+    affine[:2] *= -1
+    return affine
+
+
+def _places(
+    count: int,
+    spacing: Vector,
+    row: Vector,
+    column: Vector,
+    origin: Vector,
+    step: Vector | None,
+    offsets: Sequence[float] | None,
+) -> list[NDArray[np.float64]]:
+    along = np.cross(row, column) * spacing[2] if step is None else np.array(step, dtype=float)
+    if offsets is None:
+        return [np.array(origin) + k * along for k in range(count)]
+    return [np.array(origin) + offset * along / np.linalg.norm(along) for offset in list(offsets)[:count]]
+
+
+def _composite(sop_class: UID, modality: str, shared: tuple[str, str, str], number: int, marker: str) -> Dataset:
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, generate_uid()
+    dataset = Dataset()
+    dataset.file_meta = meta
+    dataset.SpecificCharacterSet = "ISO_IR 192"
+    dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
+    dataset.SeriesInstanceUID, dataset.StudyInstanceUID, dataset.FrameOfReferenceUID = shared
+    for keyword in ("PatientBirthDate", "PatientSex", "PatientName", "PatientID", "StudyID", "AccessionNumber"):
+        setattr(dataset, keyword, "")
+    for keyword in ("ReferringPhysicianName", "PositionReferenceIndicator", "Manufacturer", "Laterality"):
+        setattr(dataset, keyword, "")
+    dataset.StudyDate = dataset.SeriesDate = dataset.ContentDate = dataset.AcquisitionDate = "20240102"
+    dataset.StudyTime = dataset.SeriesTime = dataset.ContentTime = dataset.AcquisitionTime = "030405"
+    dataset.Modality, dataset.SeriesNumber, dataset.AcquisitionNumber = modality, 1, 1
+    dataset.InstanceNumber, dataset.PatientPosition = number, "HFS"
+    if marker:
+        for keyword in MARKED.split():
+            setattr(dataset, keyword, marker)
+        dataset.private_block(0x0029, "TESTS", create=True).add_new(0x01, "LO", marker)
+    return dataset
+
+
+def _plane(dataset: Dataset, spacing: Vector, row: Vector, column: Vector, place: NDArray[np.float64]) -> None:
+    _pixel_measures(dataset, spacing)
+    if "SpacingBetweenSlices" in dataset and dataset.Modality != "MR":  # an attribute of MR alone, C.8.3.1
+        del dataset.SpacingBetweenSlices
+    _orientation(dataset, row, column)
+    _position(dataset, place)
+
+
+def _pixel_measures(dataset: Dataset, spacing: Vector) -> None:
+    dataset.PixelSpacing = [_ds(spacing[1]), _ds(spacing[0])]  # between rows first: PS3.3 10.7.1.3
+    dataset.SliceThickness = dataset.SpacingBetweenSlices = _ds(spacing[2])
+
+
+def _orientation(dataset: Dataset, row: Vector, column: Vector) -> None:
+    dataset.ImageOrientationPatient = [_ds(v) for v in (*row, *column)]
+
+
+def _position(dataset: Dataset, place: NDArray[np.float64]) -> None:
+    dataset.ImagePositionPatient = [_ds(v) for v in place]
+
+
+def _item(fill: Callable[..., None], *arguments: object) -> Dataset:
+    item = Dataset()
+    fill(item, *arguments)
+    return item
+
+
+def _ds(value: object) -> DS:
+    return DS(float(value), auto_format=True)  # type: ignore[arg-type]
+
+
+def _ct(dataset: Dataset, count: int, k: int) -> None:
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    dataset.KVP, dataset.RescaleType = "120", "HU"
+
+
+def _mr(dataset: Dataset, count: int, k: int) -> None:
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "OTHER"]
+    dataset.ScanningSequence, dataset.SequenceVariant, dataset.ScanOptions = "SE", "NONE", ""
+    dataset.MRAcquisitionType, dataset.RepetitionTime, dataset.EchoTime = "2D", "500", "10"
+    dataset.EchoTrainLength = "1"
+
+
+def _pt(dataset: Dataset, count: int, k: int) -> None:
+    dataset.ImageType = ["ORIGINAL", "PRIMARY"]
+    dataset.Units, dataset.CountsSource, dataset.SeriesType = "BQML", "EMISSION", ["WHOLE BODY", "IMAGE"]
+    dataset.NumberOfSlices, dataset.CorrectedImage, dataset.DecayCorrection = count, ["DECY"], "NONE"
+    dataset.CollimatorType, dataset.ActualFrameDuration, dataset.ImageIndex = "NONE", "1000", k + 1
+    dataset.FrameReferenceTime = "0"
+    dataset.PatientOrientationCodeSequence = [_code("102538003", "SCT", "recumbent")]
+    dataset.PatientGantryRelationshipCodeSequence = [_code("102540008", "SCT", "headfirst")]
+    dataset.RadiopharmaceuticalInformationSequence = [Dataset()]
+    dataset.RadiopharmaceuticalInformationSequence[0].RadionuclideCodeSequence = []
+
+
+_CLASSIC_MODULES: dict[str, Callable[[Dataset, int, int], None]] = {"CT": _ct, "MR": _mr, "PT": _pt}
+
+
+def _code(value: str, scheme: str, meaning: str) -> Dataset:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return item
+
+
+def _enhanced(dataset: Dataset, count: int) -> None:
+    """The modules of the whole file that enhanced CT and MR share (PS3.3 A.36, A.38)."""
+    del dataset.AcquisitionNumber
+    for keyword in ("Manufacturer", "ManufacturerModelName", "DeviceSerialNumber", "SoftwareVersions"):
+        if not dataset.get(keyword):
+            setattr(dataset, keyword, "medseg tests")  # not to be empty here: C.7.5.2
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    dataset.NumberOfFrames = count
+    dataset.AcquisitionDateTime, dataset.AcquisitionDuration = "20240102030405", 1.0
+    dataset.ContentQualification, dataset.PixelPresentation = "RESEARCH", "MONOCHROME"
+    dataset.VolumetricProperties, dataset.VolumeBasedCalculationTechnique = "VOLUME", "NONE"
+    dataset.BurnedInAnnotation, dataset.LossyImageCompression = "NO", "00"
+    dataset.PresentationLUTShape = "IDENTITY"
+    dataset.AcquisitionContextSequence = []
+    organisation = Dataset()
+    organisation.DimensionOrganizationUID = generate_uid()
+    dataset.DimensionOrganizationSequence = [organisation]
+    dataset.DimensionIndexSequence = []
+    for pointer in (0x00209056, 0x00209057):  # StackID, InStackPositionNumber
+        index = Dataset()
+        index.DimensionOrganizationUID = organisation.DimensionOrganizationUID
+        index.DimensionIndexPointer, index.FunctionalGroupPointer = pointer, 0x00209111
+        dataset.DimensionIndexSequence.append(index)
+
+
+def _anatomy(groups: Dataset) -> None:
+    anatomy = Dataset()
+    anatomy.AnatomicRegionSequence = [_code("69536005", "SCT", "Head")]
+    anatomy.FrameLaterality = "U"
+    groups.FrameAnatomySequence = [anatomy]
+    view = Dataset()
+    view.WindowCenter, view.WindowWidth = "100", "200"
+    groups.FrameVOILUTSequence = [view]
+
+
+def _frame_type(keyword: str, groups: Dataset) -> None:
+    kind = Dataset()
+    kind.FrameType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    kind.PixelPresentation, kind.VolumetricProperties = "MONOCHROME", "VOLUME"
+    kind.VolumeBasedCalculationTechnique = "NONE"
+    if keyword == "MRImageFrameTypeSequence":
+        kind.ComplexImageComponent, kind.AcquisitionContrast = "MAGNITUDE", "T1"
+    setattr(groups, keyword, [kind])
+
+
+def _enhanced_ct(dataset: Dataset, groups: Dataset) -> None:
+    _anatomy(groups)
+    _frame_type("CTImageFrameTypeSequence", groups)
+
+
+def _enhanced_mr(dataset: Dataset, groups: Dataset) -> None:
+    dataset.ComplexImageComponent, dataset.AcquisitionContrast = "MAGNITUDE", "T1"
+    dataset.ResonantNucleus, dataset.MagneticFieldStrength, dataset.KSpaceFiltering = "1H", 1.5, "NONE"
+    dataset.ApplicableSafetyStandardAgency = "IEC"
+    _anatomy(groups)
+    _frame_type("MRImageFrameTypeSequence", groups)
+
+
+_ENHANCED_MODULES: dict[str, Callable[[Dataset, Dataset], None]] = {"CT": _enhanced_ct, "MR": _enhanced_mr}
+
+
+def _pixels(dataset: Dataset, array: NDArray[Any], syntax: str) -> None:
+    """Put the frames (I, J, K) into a data set, compressed where the syntax says so."""
+    frames = np.ascontiguousarray(array.transpose(2, 1, 0))
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.Rows, dataset.Columns = frames.shape[1:]
+    dataset.BitsAllocated = dataset.BitsStored = 8 * frames.itemsize
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.PixelRepresentation = int(frames.dtype.kind == "i")
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    data = frames.astype(frames.dtype.newbyteorder(order)).tobytes()
+    dataset.PixelData = data + b"\0" * (len(data) % 2)
+    dataset["PixelData"].VR = "OB" if frames.itemsize == 1 else "OW"
+    if UID(syntax).is_compressed and not UID(syntax).is_deflated:
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        plugin = "pydicom" if syntax == RLELossless else ""  # GDCM ends the process at rows of odd length
+        dataset.compress(UID(syntax), encoding_plugin=plugin, generate_instance_uid=False)
+    dataset.file_meta.TransferSyntaxUID = UID(syntax)
+
+
+def _saved(dataset: Dataset, path: Path) -> Path:
+    dataset.save_as(path, enforce_file_format=True)
+    return path
