@@ -274,6 +274,7 @@ def _pt(dataset: Dataset, count: int, k: int) -> None:
     dataset.CollimatorType, dataset.ActualFrameDuration, dataset.ImageIndex = "NONE", "1000", k + 1
     dataset.FrameReferenceTime = "0"
     dataset.PatientOrientationCodeSequence = [_code("102538003", "SCT", "recumbent")]
+    del dataset.PatientPosition  # C.7.3.1.1.2: the codes stand in its place
     dataset.PatientGantryRelationshipCodeSequence = [_code("102540008", "SCT", "headfirst")]
     dataset.RadiopharmaceuticalInformationSequence = [Dataset()]
     dataset.RadiopharmaceuticalInformationSequence[0].RadionuclideCodeSequence = []
@@ -290,7 +291,7 @@ def _code(value: str, scheme: str, meaning: str) -> Dataset:
 
 def _enhanced(dataset: Dataset, count: int) -> None:
     """The modules of the whole file that enhanced CT and MR share (PS3.3 A.36, A.38)."""
-    del dataset.AcquisitionNumber
+    del dataset.AcquisitionNumber, dataset.Laterality
     for keyword in ("Manufacturer", "ManufacturerModelName", "DeviceSerialNumber", "SoftwareVersions"):
         if not dataset.get(keyword):
             setattr(dataset, keyword, "medseg tests")  # not to be empty here: C.7.5.2
@@ -336,16 +337,139 @@ def _frame_type(keyword: str, groups: Dataset) -> None:
 def _enhanced_ct(dataset: Dataset, groups: Dataset) -> None:
     _anatomy(groups)
     _frame_type("CTImageFrameTypeSequence", groups)
+    for keyword, values in _CT_GROUPS.items():
+        setattr(groups, keyword, [_of(values)])
 
 
 def _enhanced_mr(dataset: Dataset, groups: Dataset) -> None:
     dataset.ComplexImageComponent, dataset.AcquisitionContrast = "MAGNITUDE", "T1"
     dataset.ResonantNucleus, dataset.MagneticFieldStrength, dataset.KSpaceFiltering = "1H", 1.5, "NONE"
     dataset.ApplicableSafetyStandardAgency = "IEC"
+    for keyword, value in _MR_PULSE.items():
+        setattr(dataset, keyword, value)
     _anatomy(groups)
     _frame_type("MRImageFrameTypeSequence", groups)
+    for keyword, values in _MR_GROUPS.items():
+        setattr(groups, keyword, [_of(values)])
 
 
+def _of(values: dict[str, Any]) -> Dataset:
+    item = Dataset()
+    for keyword, value in values.items():
+        setattr(item, keyword, [_of(v) for v in value] if keyword.endswith("Sequence") else value)
+    return item
+
+
+_CT_GROUPS: dict[str, dict[str, Any]] = {
+    "IrradiationEventIdentificationSequence": {"IrradiationEventUID": "1.2.3.4"},
+    "CTAcquisitionTypeSequence": {
+        "AcquisitionType": "SEQUENCED",
+        "ConstantVolumeFlag": "NO",
+        "FluoroscopyFlag": "NO",
+    },
+    "CTAcquisitionDetailsSequence": {
+        "RotationDirection": "CW",
+        "RevolutionTime": 1.0,
+        "SingleCollimationWidth": 1.0,
+        "TotalCollimationWidth": 1.0,
+        "TableHeight": 0.0,
+        "GantryDetectorTilt": 0.0,
+        "DataCollectionDiameter": 500.0,
+    },
+    "CTTableDynamicsSequence": {"TableSpeed": 1.0},
+    "CTPositionSequence": {
+        "TablePosition": 0.0,
+        "DataCollectionCenterPatient": [0.0] * 3,
+        "ReconstructionTargetCenterPatient": [0.0] * 3,
+    },
+    "CTGeometrySequence": {"DistanceSourceToDetector": 1000.0, "DistanceSourceToDataCollectionCenter": 500.0},
+    "CTReconstructionSequence": {
+        "ConvolutionKernelGroup": "SOFT_TISSUE",
+        "ConvolutionKernel": "SOFT",
+        "ReconstructionFieldOfView": [500.0, 500.0],
+        "ReconstructionPixelSpacing": [1.0, 1.0],
+        "ImageFilter": "NONE",
+        "ReconstructionAlgorithm": "FILTER_BACK_PROJ",
+        "ReconstructionAngle": 360.0,
+    },
+    "CTExposureSequence": {
+        "ExposureTimeInms": 1.0,
+        "XRayTubeCurrentInmA": 1.0,
+        "ExposureInmAs": 1.0,
+        "ExposureModulationType": "NONE",
+    },
+    "CTXRayDetailsSequence": {"KVP": 120.0, "FocalSpots": 1.0, "FilterType": "NONE", "FilterMaterial": "MIXED"},
+}
+_MR_PULSE = {
+    "MRAcquisitionType": "2D",
+    "PulseSequenceName": "SE",
+    "EchoPulseSequence": "SPIN",
+    "MultipleSpinEcho": "NO",
+    "MultiPlanarExcitation": "NO",
+    "PhaseContrast": "NO",
+    "TimeOfFlightContrast": "NO",
+    "SteadyStatePulseSequence": "NONE",
+    "EchoPlanarPulseSequence": "NO",
+    "SaturationRecovery": "NO",
+    "SpectrallySelectedSuppression": "NONE",
+    "OversamplingPhase": "NONE",
+    "GeometryOfKSpaceTraversal": "RECTILINEAR",
+    "SegmentedKSpaceTraversal": "SINGLE",
+    "RectilinearPhaseEncodeReordering": "LINEAR",
+    "NumberOfKSpaceTrajectories": 1,
+}
+_MR_GROUPS: dict[str, dict[str, Any]] = {
+    "MRTimingAndRelatedParametersSequence": {
+        "RepetitionTime": 500.0,
+        "FlipAngle": 90.0,
+        "EchoTrainLength": 1,
+        "RFEchoTrainLength": 1,
+        "GradientEchoTrainLength": 0,
+        "GradientOutputType": "DB_DT",
+        "GradientOutput": 1.0,
+        "SpecificAbsorptionRateSequence": [
+            {"SpecificAbsorptionRateDefinition": "IEC_WHOLE_BODY", "SpecificAbsorptionRateValue": 1.0}
+        ],
+        "OperatingModeSequence": [{"OperatingModeType": "STATIC FIELD", "OperatingMode": "IEC_NORMAL"}],
+    },
+    "MREchoSequence": {"EffectiveEchoTime": 10.0},
+    "MRModifierSequence": {
+        "InversionRecovery": "NO",
+        "FlowCompensation": "NONE",
+        "Spoiling": "NONE",
+        "T2Preparation": "NO",
+        "SpectrallySelectedExcitation": "NONE",
+        "SpatialPresaturation": "NONE",
+        "PartialFourier": "NO",
+        "ParallelAcquisition": "NO",
+    },
+    "MRImagingModifierSequence": {
+        "MagnetizationTransfer": "NONE",
+        "BloodSignalNulling": "NO",
+        "Tagging": "NONE",
+        "TransmitterFrequency": 63.8,
+        "PixelBandwidth": 100.0,
+    },
+    "MRReceiveCoilSequence": {
+        "ReceiveCoilName": "BODY",
+        "ReceiveCoilManufacturerName": "",
+        "ReceiveCoilType": "BODY",
+        "QuadratureReceiveCoil": "YES",
+    },
+    "MRTransmitCoilSequence": {
+        "TransmitCoilName": "BODY",
+        "TransmitCoilManufacturerName": "",
+        "TransmitCoilType": "BODY",
+    },
+    "MRAveragesSequence": {"NumberOfAverages": 1.0},
+    "MRFOVGeometrySequence": {
+        "InPlanePhaseEncodingDirection": "ROW",
+        "MRAcquisitionFrequencyEncodingSteps": 10,
+        "MRAcquisitionPhaseEncodingStepsInPlane": 10,
+        "PercentSampling": 100.0,
+        "PercentPhaseFieldOfView": 100.0,
+    },
+}
 _ENHANCED_MODULES: dict[str, Callable[[Dataset, Dataset], None]] = {"CT": _enhanced_ct, "MR": _enhanced_mr}
 
 
