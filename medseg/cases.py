@@ -106,6 +106,67 @@ def find_cases(*places: Path | str) -> list[Case]:
     return _unique(cases)
 
 
+def find_masks(place: Path) -> dict[str, Path]:
+    """The masks in a folder by their names without ending, or the one mask that is given.
+
+    Args:
+        place: a mask, or a folder of them. A DICOM SEG is known by its content; a folder within that holds one is a mask
+            too, and has its name.
+
+    Raises:
+        InputError: there is none, or two are of one name.
+    """
+    if place.is_file():
+        return {io.name_of(place): place}
+    if not place.is_dir():
+        raise InputError(place, "is not there", "a mask or a folder of masks")
+    masks: dict[str, Path] = {}
+    for path in sorted(place.iterdir()):
+        if not _is_mask(path):
+            continue
+        name = path.name if path.is_dir() else io.name_of(path)
+        if name in masks:
+            raise InputError(path, f"and {masks[name].name} are both masks of {name}", "one mask a case")
+        masks[name] = path
+    if not masks:
+        kinds = "files ending in .nii.gz, .nrrd or another known image ending, or DICOM segmentations"
+        raise InputError(place, "holds no masks", kinds)
+    return masks
+
+
+def _is_mask(path: Path) -> bool:
+    """Whether a file is a mask by its ending, or a file or folder by its content a DICOM segmentation."""
+    if path.name.startswith("."):
+        return False
+    if path.is_dir() or io.suffix_of(path) in (None, ".dcm", ".zip"):
+        from medseg.io import dicom_seg
+
+        return dicom_seg.is_segmentation(path)
+    return not _is_second_half(path)
+
+
+def find_masks(path: Path) -> dict[str, Path]:
+    """The masks in a folder by case id (their names without endings), in the order of names; or the one given.
+
+    Raises:
+        InputError: there is none, or two are of one case.
+    """
+    if path.is_file():
+        return {io.name_of(path): path}
+    if not path.is_dir():
+        raise InputError(path, "is not there", "a mask or a folder of masks")
+    masks: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.name.startswith(".") or io.suffix_of(file) is None or _is_second_half(file):
+            continue
+        if (name := io.name_of(file)) in masks:
+            raise InputError(file, f"and {masks[name].name} are both masks of {name}", "one mask a case")
+        masks[name] = file
+    if not masks:
+        raise InputError(path, "holds no masks", "files ending in .nii.gz, .nrrd or another known image ending")
+    return masks
+
+
 def mask_name(case: Case) -> str:
     """File name of a case's mask: ``CASE.png`` for a picture (``CASE.tif`` for a TIFF), else ``CASE.nii.gz``."""
     if not io.is_picture(case.images[0]):
