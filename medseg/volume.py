@@ -14,7 +14,7 @@ from pydantic import model_validator
 from medseg.errors import InputError
 from medseg.geometry import Geometry
 from medseg.records import Record
-from medseg.terminology import Coding, Colour
+from medseg.terminology import Coding, Colour, coding_of, colour_of
 
 
 class Labels(Record):
@@ -48,6 +48,11 @@ class Labels(Record):
         unknown = {v for members in self.regions.values() for v in members} - set(numbers)
         if unknown:
             raise ValueError(f"regions use integers {sorted(unknown)} that no label has")
+        for what, named in (("codings", self.codings), ("colours", self.colours)):
+            if strange := sorted(set(named) - set(self.values)):
+                raise ValueError(f"{what} are of {strange[:5]}, which are no labels")
+        if any(not 0 <= part <= 255 for colour in self.colours.values() for part in colour):
+            raise ValueError("a colour is three numbers from 0 to 255")
         return self
 
     @property
@@ -64,6 +69,14 @@ class Labels(Record):
     def ignore_index(self) -> int | None:
         """The index that stands for ``ignore`` in arrays from ``to_indices``, one past the last class."""
         return None if self.ignore is None else self.count
+
+    def coding(self, name: str, dataset: str = "") -> Coding | None:
+        """What a label stands for: as ``codings`` has it, or else by its name (``terminology.coding_of``)."""
+        return self.codings.get(name) or coding_of(name, dataset)
+
+    def colour(self, name: str) -> Colour:
+        """The colour of a label: as ``colours`` has it, or else by its place (``terminology.colour_of``)."""
+        return self.colours.get(name) or colour_of(self.names.index(name))
 
     @property
     def _table(self) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from medseg.errors import InputError
 from medseg.geometry import Geometry
+from medseg.terminology import Code, Coding, colour_of
 from medseg.volume import Labels, Mask
 
 GRID = Geometry((2, 2, 1), np.diag([2.0, 2.0, 2.5, 1.0]))  # a voxel is 10 mm3
@@ -21,6 +22,34 @@ def test_names_follow_the_integers() -> None:
     assert labels.count == 3
     assert labels.ignore_index == 3
     assert Labels(values={"liver": 2}).ignore_index is None
+
+
+LIVER = Coding(type=Code(value="10200004", meaning="Liver"))
+
+
+def test_codings_and_colours_are_of_labels() -> None:
+    Labels(values={"liver": 2}, codings={"liver": LIVER}, colours={"liver": (0, 128, 255)})
+    for wrong in (
+        {"codings": {"lever": LIVER}},
+        {"colours": {"lever": (1, 2, 3)}},
+        {"colours": {"liver": (0, 0, 256)}},
+        {"colours": {"liver": (-1, 0, 0)}},
+        {"colours": {"liver": (0, 0)}},
+    ):
+        with pytest.raises(ValidationError):
+            Labels.model_validate({"values": {"liver": 2}, **wrong})
+
+
+def test_what_is_not_given_comes_from_the_name_and_the_place() -> None:
+    labels = Labels(values={"organ": 9, "spleen": 4}, codings={"organ": LIVER}, colours={"spleen": (0, 0, 0)})
+    assert labels.coding("organ") == LIVER
+    assert labels.coding("spleen") == Coding(type=Code(value="78961009", meaning="Spleen"))
+    assert Labels(values={"label_1": 1}).coding("label_1") is None
+    anterior = Labels(values={"anterior": 1}).coding("anterior", "Hippocampus")
+    assert anterior is not None
+    assert anterior.type.meaning == "Hippocampus"
+    assert labels.colour("spleen") == (0, 0, 0)
+    assert labels.colour("organ") == colour_of(1)  # the second by their integers
 
 
 def test_integers_become_indices_and_come_back() -> None:
