@@ -1,11 +1,13 @@
 """Files: the only place where formats, and the LPS convention of some of them, exist.
 
 A format is one module here with ``SUFFIXES``, ``read(path) -> Volume``, ``read_labels(path) -> Volume`` and
-``write(mask, path)``, and one entry in ``FORMATS``.
+``write(mask, path)``, and one entry in ``FORMATS``. DICOM is two: images are series of files (``dicom``), masks are
+segmentations (``dicom_seg``).
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryMismatch, InputError
+from medseg.errors import GeometryMismatch, IncompleteSeries, InputError
 from medseg.geometry import Geometry
-from medseg.io import itk, nifti, picture
+from medseg.io import dicom, itk, nifti, picture
+from medseg.io.dicom import Series
 from medseg.volume import Labels, Mask, Volume
+
+Source = Path | Series
+"""What an image, or a channel of one, is read from: a file, a place with one DICOM series, or a series."""
 
 
 class Format(Protocol):
@@ -35,7 +41,36 @@ class Format(Protocol):
         """Write a mask, atomically."""
 
 
-FORMATS: tuple[Format, ...] = (nifti, itk, picture)
+class _Dicom:
+    """DICOM as a format."""
+
+    SUFFIXES = dicom.SUFFIXES
+
+    def read(self, path: Path) -> Volume:
+        """Read the only usable series of a place."""
+        return dicom.read_series(series(path))
+
+    def read_labels(self, path: Path) -> Volume:
+        """Read a segmentation."""
+        mask = self.read_mask(path)
+        return Volume(mask.array[np.newaxis], mask.geometry, mask.paths or (path,), mask.header, mask.warnings)
+
+    def read_mask(self, path: Path) -> Mask:
+        """Read a segmentation with the names of its segments."""
+        from medseg.io import dicom_seg
+
+        mask: Mask = dicom_seg.read_mask(path)
+        return mask
+
+    def write(self, mask: Mask, path: Path, **options: Any) -> None:
+        """Write a segmentation of the mask's series."""
+        from medseg.io import dicom_seg
+
+        dicom_seg.write(mask, path, **options)
+
+
+_DICOM = _Dicom()
+FORMATS: tuple[Format, ...] = (nifti, itk, picture, _DICOM)
 SUFFIXES = tuple(suffix for form in FORMATS for suffix in form.SUFFIXES)
 _CHUNK = 1 << 22
 """Voxels that are looked at at a time."""
@@ -47,27 +82,44 @@ def suffix_of(path: Path) -> str | None:
     return max((s for s in SUFFIXES if name.endswith(s)), key=len, default=None)
 
 
-def name_of(path: Path) -> str:
-    """The file name without its image ending: the case's name in a folder of images."""
-    return path.name[: -len(suffix_of(path) or path.suffix) or None]
+def name_of(source: Source) -> str:
+    """The case's name in a folder of images: the file's without its image ending; of a series no text of DICOM."""
+    if not isinstance(source, Path):
+        return source.name
+    suffix = suffix_of(source) or ("" if source.is_dir() else source.suffix)
+    return source.name[: -len(suffix) or None]
 
 
 def title(volume: Volume) -> str:
-    """What an image is called in messages: its first file's name without ending, or ``image``."""
+    """What an image is called in messages: see ``name_of``; ``image`` where it is of no file."""
+    if isinstance(volume.header, Series):
+        return volume.header.name
     return name_of(volume.paths[0]) if volume.paths else "image"
 
 
-def is_picture(path: Path) -> bool:
+def is_picture(source: Source) -> bool:
     """Whether a file is a picture (or a stack of them) by its ending: colours, and no size in the world."""
-    return suffix_of(path) in picture.SUFFIXES
+    return isinstance(source, Path) and suffix_of(source) in picture.SUFFIXES
+
+
+def is_dicom(source: Source) -> bool:
+    """Whether it is read as DICOM: a series, folder or zip, or a file by its ending or (without one) its content."""
+    if not isinstance(source, Path):
+        return True
+    suffix = suffix_of(source)
+    if suffix in dicom.SUFFIXES or source.is_dir():
+        return True
+    return suffix is None and source.is_file() and dicom.is_dicom(source)
 
 
 def format_of(path: Path) -> Format:
-    """The format of a file, by its ending.
+    """The format of a file, by its ending; DICOM also by its content, and where it is a folder.
 
     Raises:
         InputError: it has no known ending.
     """
+    if is_dicom(path):
+        return _DICOM
     suffix = suffix_of(path)
     for form in FORMATS:
         if suffix in form.SUFFIXES:
@@ -75,11 +127,37 @@ def format_of(path: Path) -> Format:
     raise InputError(path, "has no known image ending", " ".join(SUFFIXES))
 
 
-def read_volume(paths: Path | Sequence[Path], channels: int | None = None) -> Volume:
+def series(place: Path | str, pattern: str = "", resample_irregular: bool = False) -> Series:
+    """The DICOM series of a folder, zip or file that a pattern means, without its pixels.
+
+    Args:
+        place: where it is.
+        pattern: UID, name or pattern of the description (see ``medseg.io.dicom.select``); empty for the only usable
+            series.
+        resample_irregular: take a tilted or uneven series too, to be read on a straight grid.
+
+    Raises:
+        IncompleteSeries: it cannot be used; with the reason.
+        InputError: there is none, or several; which are listed.
+    """
+    found = dicom.select(dicom.scan(Path(place)), pattern, resample_irregular=resample_irregular)
+    if len(found) > 1:
+        names = ", ".join(one.uid for one in found[:10])
+        raise InputError(place, f"holds such series of {len(found)} studies: {names}", "one", "name one by its UID")
+    return found[0]
+
+
+def located(source: Source) -> Source:
+    """The series of a place that is DICOM; another file as it is. Errors as ``series``."""
+    return series(source) if isinstance(source, Path) and is_dicom(source) else source
+
+
+def read_volume(sources: Source | Sequence[Source], channels: int | None = None) -> Volume:
     """Read an image from one file, or from one file a channel.
 
     Args:
-        paths: a file (a fourth dimension becomes channels), or several files of one channel each on one grid.
+        sources: a file (a fourth dimension becomes channels) or DICOM series, or several of one channel each on one
+            grid.
         channels: how many channels the image must have; None takes any.
 
     Returns:
@@ -87,56 +165,74 @@ def read_volume(paths: Path | Sequence[Path], channels: int | None = None) -> Vo
 
     Raises:
         UnreadableFile: a file is damaged or of no known format.
+        IncompleteSeries: a DICOM series that cannot be used.
         GeometryMismatch: the files of the channels lie on different grids.
-        InputError: voxels that are not finite, or another number of channels.
+        InputError: voxels that are not finite, another number of channels, or several series at a place.
     """
-    files = [paths] if isinstance(paths, Path) else list(paths)
-    parts = [_read_finite(path) for path in files]
+    wanted = [sources] if isinstance(sources, Path | Series) else list(sources)
+    return joined([_read_finite(source) for source in wanted], channels)
+
+
+def joined(parts: Sequence[Volume], channels: int | None = None) -> Volume:
+    """Images on one grid as one image of all their channels; see ``read_volume``.
+
+    Raises:
+        GeometryMismatch: they lie on different grids.
+        InputError: another number of channels.
+    """
     first = parts[0]
     for part in parts[1:]:
         if not part.geometry.close_to(first.geometry):
             raise GeometryMismatch(
-                part.paths[0],
-                f"grid {describe_grid(part)} differs from that of {first.paths[0].name}",
+                _where(part),
+                f"grid {describe_grid(part)} differs from that of {Path(_where(first)).name}",
                 describe_grid(first),
                 "resample the channels of a case to one grid",
             )
     array = np.concatenate([part.array for part in parts]) if len(parts) > 1 else first.array
     if channels is not None and array.shape[0] != channels:
-        raise InputError(files[0], f"has {array.shape[0]} channels", f"{channels}")
+        raise InputError(_where(first), f"has {array.shape[0]} channels", f"{channels}")
+    paths = tuple(path for part in parts for path in part.paths)
     warnings = tuple(w for part in parts for w in part.warnings)
-    return replace(first, array=array, paths=tuple(files), warnings=warnings)
+    return replace(first, array=array, paths=paths, warnings=warnings)
 
 
-def outline(paths: Sequence[Path]) -> Volume | None:
-    """What ``read_volume`` will give, by the headers alone: all voxels 0, and no memory taken; None but for NIfTI.
+def outline(sources: Sequence[Source]) -> Volume | None:
+    """What ``read_volume`` will give, by the headers alone: all voxels 0, and no memory taken.
+
+    None where one is neither NIfTI nor DICOM.
 
     Raises:
-        UnreadableFile, InputError: a header that cannot be used.
+        UnreadableFile, IncompleteSeries, InputError: a header that cannot be used.
     """
-    if any(format_of(path) is not nifti for path in paths):
+    parts = [_outline(source) for source in sources]
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts):
         return None
-    parts = [nifti.read_outline(path) for path in paths]
-    channels, kind = sum(len(part.array) for part in parts), np.result_type(*(_finite_type(part) for part in parts))
-    first = parts[0]
+    channels, kind = sum(len(part.array) for part in known), np.result_type(*(_finite_type(part) for part in known))
+    first = known[0]
     whole = np.broadcast_to(np.zeros((), kind), (channels, *first.geometry.shape))
-    return replace(first, array=whole, paths=tuple(paths))
+    return replace(first, array=whole, paths=tuple(path for part in known for path in part.paths))
 
 
-def reading_bytes(paths: Sequence[Path]) -> int:
-    """What ``read_volume`` takes at the most for files of NIfTI, by their headers.
+def reading_bytes(sources: Sequence[Source]) -> int:
+    """What ``read_volume`` takes at the most for files of NIfTI and DICOM, by their headers.
 
     Raises:
-        UnreadableFile, InputError: a header that cannot be used.
+        UnreadableFile, IncompleteSeries, InputError: a header that cannot be used.
     """
     held = most = 0
-    for part in (nifti.read_outline(path) for path in paths):
+    for source in sources:
+        part = _outline(source)
+        if part is None:
+            raise InputError(name_of(source), "does not say in a header what it takes", "NIfTI or DICOM")
         kind = _finite_type(part)
         finite_bytes = kind.itemsize * part.array.size
         changing = part.array.nbytes + (0 if part.array.dtype == kind else finite_bytes)
-        most = max(most, held + nifti.reading_bytes(part), held + changing)
+        reading = dicom.reading_bytes(part.header) if isinstance(part.header, Series) else nifti.reading_bytes(part)
+        most = max(most, held + reading, held + changing)
         held += finite_bytes
-    return max(most, 2 * held) if len(paths) > 1 else most
+    return max(most, 2 * held) if len(sources) > 1 else most
 
 
 def volume_of(image: Any, where: str = "image") -> Volume:
@@ -165,26 +261,43 @@ def volume_of(image: Any, where: str = "image") -> Volume:
 def read_mask(path: Path, labels: Labels | None = None) -> Mask:
     """Read a mask.
 
+    Args:
+        path: a file; of a DICOM segmentation also the folder or zip that holds it alone.
+        labels: the names that its values have.
+
     Returns:
-        Mask with an integer array (I, J, K); values are as in the file.
+        Mask with an integer array (I, J, K). Without ``labels`` the values are as in the file, and the names are the
+        file's own, or None where it has none. With ``labels`` the values are theirs: segments (DICOM, ``.seg.nrrd``)
+        are known by their names, capitals aside; the values of other files as well where the file names all of them
+        and ``labels`` has all these names, else the values are as in the file.
 
     Raises:
         UnreadableFile: the file is damaged or of no known format.
-        InputError: more than one channel, values that are no integers, or (with ``labels``) values without a name.
+        InputError: more than one channel, values that are no integers, or (with ``labels``) values without a name, or
+            segments that have none of its names.
     """
-    volume = format_of(path).read_labels(path)
-    if volume.array.shape[0] != 1:
-        raise InputError(path, f"has {volume.array.shape[0]} channels", "a mask of one channel")
-    array = integral(volume.array[0], path)
-    if labels is not None and (unknown := labels.unknown(array)):
+    mask = _read_mask(path)
+    if labels is None:
+        return mask
+    array = mask.array if mask.labels is None else _by_name(mask, labels, path)
+    if unknown := labels.unknown(array):
         found = f"label values {unknown[:10]} have no name"
         raise InputError(path, found, f"0 and {dict(labels.values)}", naming(np.unique(array).tolist(), labels))
-    return Mask(array, volume.geometry, labels, volume.paths, volume.header, volume.warnings)
+    return replace(mask, array=array, labels=labels)
 
 
-def write_mask(mask: Mask, path: Path) -> None:
-    """Write a mask in the format of the path's ending, atomically, on exactly the grid of its geometry."""
-    format_of(path).write(mask, path)
+def write_mask(mask: Mask, path: Path, **options: Any) -> None:
+    """Write a mask in the format of the path's ending, atomically, on exactly the grid of its geometry.
+
+    Args:
+        mask: what is written; as a DICOM segmentation (``.dcm``) a mask of a series, which is then its ``header``.
+        path: file.
+        options: of a DICOM segmentation: see ``medseg.io.dicom_seg.write``.
+    """
+    if suffix_of(path) == ".dcm":
+        _DICOM.write(mask, path, **options)
+    else:
+        format_of(path).write(mask, path, **options)
 
 
 def finite(array: NDArray[Any], where: object) -> NDArray[Any]:
@@ -256,9 +369,67 @@ def describe_grid(item: Volume | Mask) -> str:
     return f"{size} at {'x'.join(f'{s:.4g}' for s in g.spacing)} mm {g.orientation}"
 
 
-def _read_finite(path: Path) -> Volume:
-    volume = format_of(path).read(path)
-    return replace(volume, array=finite(volume.array, path))
+def _read_finite(source: Source) -> Volume:
+    """A file or series with finite voxels. Of a series the place stands for its files: it is one word in messages."""
+    source = located(source)
+    if isinstance(source, Series):
+        volume = dicom.read_series(source)
+        return replace(volume, array=finite(volume.array, source.name), paths=(source.place,))
+    volume = format_of(source).read(source)
+    return replace(volume, array=finite(volume.array, source), paths=(source,))
+
+
+def _outline(source: Source) -> Volume | None:
+    """See ``outline``."""
+    source = located(source)
+    if isinstance(source, Series):
+        if source.geometry is None:
+            raise IncompleteSeries(source.name, source.reason, "a series that is a volume")
+        whole = np.broadcast_to(np.zeros((), source.kind), (1, *source.geometry.shape))
+        return Volume(whole, source.geometry, (source.place,), source)
+    return nifti.read_outline(source) if format_of(source) is nifti else None
+
+
+def _where(volume: Volume) -> Path | str:
+    """What an image is called in errors: a file as the user named it; a place may hold several series."""
+    return volume.header.name if isinstance(volume.header, Series) else volume.paths[0]
+
+
+def _read_mask(path: Path) -> Mask:
+    """A mask with the names that its file knows."""
+    if _has_segments(path):
+        named: Any = _DICOM if is_dicom(path) else importlib.import_module("medseg.io.seg_nrrd")
+        mask: Mask = named.read_mask(path)
+        return mask
+    form = format_of(path)
+    volume = form.read_labels(path)
+    if volume.array.shape[0] != 1:
+        raise InputError(path, f"has {volume.array.shape[0]} channels", "a mask of one channel")
+    labels = getattr(nifti, "labels_of", lambda path: None)(path) if form is nifti else None
+    return Mask(integral(volume.array[0], path), volume.geometry, labels, volume.paths, volume.header, volume.warnings)
+
+
+def _has_segments(path: Path) -> bool:
+    """Whether a mask is one of segments, which are known by their names."""
+    return is_dicom(path) or suffix_of(path) == ".seg.nrrd"
+
+
+def _by_name(mask: Mask, labels: Labels, path: Path) -> NDArray[Any]:
+    """The array with the values that ``labels`` has for the mask's own names; see ``read_mask``."""
+    own = {} if mask.labels is None else mask.labels.values
+    there = sorted({0, *(int(value) for value in np.unique(mask.array))})
+    known = {name.casefold(): value for name, value in labels.values.items()} | labels.values
+    new = {value: known.get(name, known.get(name.casefold())) for name, value in own.items()} | {0: 0}
+    if strange := [value for value in there if new.get(value) is None]:
+        if _has_segments(path):  # no names: they may be of any text
+            remedy = "give the segments these names; or convert the mask to .nii.gz, whose values count"
+            raise InputError(path, f"has segments {strange[:10]} of unknown names", ", ".join(labels.names), remedy)
+        return mask.array
+    if all(new[value] == value for value in there):
+        return mask.array
+    table = np.array([new[value] for value in there])
+    kind = np.result_type(np.min_scalar_type(table.min()), np.min_scalar_type(table.max()))
+    return table.astype(kind)[np.searchsorted(there, mask.array)]
 
 
 def _finite_type(volume: Volume) -> np.dtype[Any]:

@@ -73,7 +73,7 @@ def test_the_wrong_number_of_channels_is_refused(tmp_path: Path) -> None:
         read_volume(written(tmp_path / "a.nii.gz"), channels=4)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.dcm", "a"])
+@pytest.mark.parametrize("name", ["a.txt", "a"])
 def test_an_unknown_ending_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"no known image ending \(expected \.nii\.gz"):
         read_volume(tmp_path / name)
