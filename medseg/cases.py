@@ -145,28 +145,6 @@ def _is_mask(path: Path) -> bool:
     return not _is_second_half(path)
 
 
-def find_masks(path: Path) -> dict[str, Path]:
-    """The masks in a folder by case id (their names without endings), in the order of names; or the one given.
-
-    Raises:
-        InputError: there is none, or two are of one case.
-    """
-    if path.is_file():
-        return {io.name_of(path): path}
-    if not path.is_dir():
-        raise InputError(path, "is not there", "a mask or a folder of masks")
-    masks: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if file.name.startswith(".") or io.suffix_of(file) is None or _is_second_half(file):
-            continue
-        if (name := io.name_of(file)) in masks:
-            raise InputError(file, f"and {masks[name].name} are both masks of {name}", "one mask a case")
-        masks[name] = file
-    if not masks:
-        raise InputError(path, "holds no masks", "files ending in .nii.gz, .nrrd or another known image ending")
-    return masks
-
-
 def mask_name(case: Case) -> str:
     """File name of a case's mask: ``CASE.png`` for a picture (``CASE.tif`` for a TIFF), else ``CASE.nii.gz``."""
     if not io.is_picture(case.images[0]):
