@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from medseg.errors import DatasetError
-from medseg.io import is_picture, name_of, suffix_of
+from medseg.io import Source, is_picture, name_of, suffix_of
 from medseg.records import Record, digest_file, digest_of, read_json
 from medseg.volume import Labels
 
@@ -35,18 +35,24 @@ class Case:
 
     Attributes:
         id: name of the case, unique among the cases of a dataset.
-        images: one file that holds the channels (as its fourth dimension or as colours), or one file a channel.
+        images: one file that holds the channels (as its fourth dimension or as colours), or one file or DICOM series a
+            channel. A folder or zip stands for the only series in it.
         label: the mask, or None where there is none.
     """
 
     id: str
-    images: tuple[Path, ...]
+    images: tuple[Source, ...]
     label: Path | None
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files or folders of the images."""
+        return tuple(image if isinstance(image, Path) else image.place for image in self.images)
+
+    @property
     def files(self) -> tuple[Path, ...]:
-        """Every file of the case."""
-        return (*self.images, self.label) if self.label else self.images
+        """Every file (or folder) of the case."""
+        return (*self.paths, self.label) if self.label else self.paths
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Dataset:
         apart, test_faults = _unique(test, root)
         apart, both = _apart_from(cases, apart)
         _require_files(cases, root, listing)
-        absent = [case for case in apart if not all(file.exists() for file in case.images)]
+        absent = [case for case in apart if not all(file.exists() for file in case.paths)]
         faults += test_faults + both + _absent_tests(absent, apart) + _miscount(body, training)
         faults += _surplus(root, listing, [*training, *test])
         present = tuple(case for case in apart if case not in absent)
@@ -378,7 +384,7 @@ def _unique(cases: Iterable[Case], root: Path) -> tuple[tuple[Case, ...], list[F
                 )
             )
         elif first is not case or twin != case.id:
-            others = ", ".join(short_name(file, root) for file in (*kept[twin].images, *case.images))
+            others = ", ".join(short_name(file, root) for file in (*kept[twin].paths, *case.paths))
             faults.append(
                 Finding.fault(
                     case.id,

@@ -118,7 +118,7 @@ def prepare_case(case: Case, plan: Plan, configuration: str, folder: Path) -> Pr
     """Prepare one case, or find it prepared."""
     if case.label is None:
         raise InputError(case.id, "has no label file", "a labelled case")
-    sources = [digest_file(path) for path in (*case.images, case.label)]
+    sources = [digest_file(path) for path in (*case.paths, case.label)]
     setup = plan.configuration(configuration)
     grid = [plan.orientation, plan.axes, [n.model_dump() for n in plan.normalisation], plan.resampling.model_dump()]
     key = digest_of([CACHE_VERSION, sources, grid, plan.labels.model_dump(mode="json"), setup.spacing_mm])
