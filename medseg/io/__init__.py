@@ -286,6 +286,11 @@ def read_mask(path: Path, labels: Labels | None = None) -> Mask:
     return replace(mask, array=array, labels=labels)
 
 
+def has_segments(path: Path) -> bool:
+    """Whether a mask is one of segments: known by their names, and perhaps on a part of its image's grid alone."""
+    return is_dicom(path) or suffix_of(path) == ".seg.nrrd"
+
+
 def write_mask(mask: Mask, path: Path, **options: Any) -> None:
     """Write a mask in the format of the path's ending, atomically, on exactly the grid of its geometry.
 
@@ -397,7 +402,7 @@ def _where(volume: Volume) -> Path | str:
 
 def _read_mask(path: Path) -> Mask:
     """A mask with the names that its file knows."""
-    if _has_segments(path):
+    if has_segments(path):
         named: Any = _DICOM if is_dicom(path) else importlib.import_module("medseg.io.seg_nrrd")
         mask: Mask = named.read_mask(path)
         return mask
@@ -409,11 +414,6 @@ def _read_mask(path: Path) -> Mask:
     return Mask(integral(volume.array[0], path), volume.geometry, labels, volume.paths, volume.header, volume.warnings)
 
 
-def _has_segments(path: Path) -> bool:
-    """Whether a mask is one of segments, which are known by their names."""
-    return is_dicom(path) or suffix_of(path) == ".seg.nrrd"
-
-
 def _by_name(mask: Mask, labels: Labels, path: Path) -> NDArray[Any]:
     """The array with the values that ``labels`` has for the mask's own names; see ``read_mask``."""
     own = {} if mask.labels is None else mask.labels.values
@@ -421,7 +421,7 @@ def _by_name(mask: Mask, labels: Labels, path: Path) -> NDArray[Any]:
     known = {name.casefold(): value for name, value in labels.values.items()} | labels.values
     new = {value: known.get(name, known.get(name.casefold())) for name, value in own.items()} | {0: 0}
     if strange := [value for value in there if new.get(value) is None]:
-        if _has_segments(path):  # no names: they may be of any text
+        if has_segments(path):  # no names: they may be of any text
             remedy = "give the segments these names; or convert the mask to .nii.gz, whose values count"
             raise InputError(path, f"has segments {strange[:10]} of unknown names", ", ".join(labels.names), remedy)
         return mask.array
