@@ -2,7 +2,7 @@
 
 Everything is measured on the voxel grid of the file turned to RAS, in the order (I, J, K): I to the right, J to the
 front, K to the head. What is measured, and that nothing else is, follows nnU-Net's fingerprint (Isensee et al., Nature
-Methods 18, 2021); the mirror agreement is new here.
+Methods 18, 2021); the mirror agreement and the measures of classes are new here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from medseg.dataset import Case, Dataset
 from medseg.errors import DatasetError, GeometryMismatch, MedsegError
@@ -63,12 +64,19 @@ class Intensities(Record):
 
 
 class ClassMeasures(Record):
-    """How often and how large a class is; the volumes are those of the cases that have it, 0 where none has."""
+    """How often and how large a class is; the volumes are those of the cases that have it, 0 where none has.
+
+    Attributes:
+        cases: that have it.
+        volume_ml_median, volume_ml_minimum, volume_ml_maximum: over these.
+        components_maximum: most connected pieces (across corners too) in any case; None of an earlier fingerprint.
+    """
 
     cases: int
     volume_ml_median: float
     volume_ml_minimum: float
     volume_ml_maximum: float
+    components_maximum: int | None = None
 
 
 class Fingerprint(Record):
@@ -112,6 +120,7 @@ def measure(dataset: Dataset, progress: Progress = silent) -> Fingerprint:
     pools = [_Pool() for _ in dataset.channels]
     maps = {name: _PlaceMap() for name in dataset.labels.names}
     volumes: dict[str, list[float]] = {name: [] for name in dataset.labels.names}
+    components = dict.fromkeys(dataset.labels.names, 0)
     failures: list[str] = []
     empty = 0
     for case in track(dataset.cases, "measuring", progress):
@@ -125,8 +134,10 @@ def measure(dataset: Dataset, progress: Progress = silent) -> Fingerprint:
         for pool, channel in zip(pools, look.array, strict=True):
             pool.add(channel[look.foreground])
         for index, name in enumerate(dataset.labels.names, start=1):
-            if count := maps[name].add(look.mask == index):
+            own = look.mask == index
+            if count := maps[name].add(own):
                 volumes[name].append(count * look.voxel_ml)
+                components[name] = max(components[name], _pieces(own))
     if failures:
         raise DatasetError(dataset.root, f"{len(failures)} cases cannot be used: " + "; ".join(failures))
     if empty == len(measures):
@@ -135,7 +146,7 @@ def measure(dataset: Dataset, progress: Progress = silent) -> Fingerprint:
         dataset_digest=dataset.digest(),
         cases=tuple(measures),
         intensities=tuple(pool.statistics() for pool in pools),
-        classes={name: _class_measures(found) for name, found in volumes.items()},
+        classes={name: _class_measures(found, components[name]) for name, found in volumes.items()},
         empty_cases=empty,
         mirror_agreement=_mirror_agreement(list(maps.values())),
     )
@@ -177,13 +188,20 @@ def _read(case: Case, dataset: Dataset) -> _Read:
     return _Read(measures, array, indices, foreground, geometry.voxel_volume_ml)
 
 
-def _class_measures(volumes: Sequence[float]) -> ClassMeasures:
+def _pieces(mask: NDArray[np.bool_]) -> int:
+    """Connected pieces of a mask (I, J, K), joined by faces, edges or corners."""
+    _, count = ndimage.label(mask[Box.around(mask).slices], np.ones((3, 3, 3), dtype=bool))
+    return int(count)
+
+
+def _class_measures(volumes: Sequence[float], components: int) -> ClassMeasures:
     known = volumes or [0.0]
     return ClassMeasures(
         cases=len(volumes),
         volume_ml_median=float(np.median(known)),
         volume_ml_minimum=min(known),
         volume_ml_maximum=max(known),
+        components_maximum=components,
     )
 
 

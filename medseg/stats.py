@@ -19,7 +19,8 @@ from medseg.cases import find_cases, find_masks
 from medseg.dataset import Case
 from medseg.errors import GeometryMismatch, InputError, MedsegError
 from medseg.geometry import Geometry
-from medseg.io import describe_grid, read_mask, read_volume
+from medseg.io import describe_grid, is_dicom, read_mask, read_volume
+from medseg.io.dicom_seg import matched
 from medseg.postprocess import piece_sizes
 from medseg.progress import Progress, silent
 from medseg.records import Record, write_text
@@ -176,7 +177,7 @@ def measure(image: Volume | None, mask: Mask) -> tuple[LabelStats, ...]:
             describe_grid(image),
             "measure a mask on the image that it was made of; nothing is resampled here",
         )
-    labels = mask.labels or labels_of(mask)
+    labels = mask.labels or _found(mask)
     if labels is None:
         return ()
     indices = labels.to_indices(mask.array, mask.paths[0] if mask.paths else "mask")
@@ -206,7 +207,8 @@ def measure_folders(
         progress: called after each case.
 
     Returns:
-        One a mask. A case that cannot be measured (no image of its name, another grid, a damaged file) has its reason
+        One a mask. A DICOM SEG or ``.seg.nrrd`` is first turned, cut and padded to the image's grid, where both have the
+        same voxels. A case that cannot be measured (no image of its name, another grid, a damaged file) has its reason
         and stops no other.
 
     Raises:
@@ -226,7 +228,7 @@ def measure_folders(
     return CohortStats(cases=tuple(rows), without_mask=tuple(sorted(set(cases) - set(found))))
 
 
-def labels_of(mask: Mask) -> Labels | None:
+def _found(mask: Mask) -> Labels | None:
     """Labels for the values of a mask, ``label_<value>`` each; None where it is empty.
 
     Raises:
@@ -242,6 +244,8 @@ def _measure_case(name: str, case: Case | None, path: Path, labels: Labels | Non
         return CaseStats(case=name, reason=f"{path}: there is no image of this name")
     try:
         image, mask = read_volume(case.images), read_mask(path, labels)
+        if is_dicom(path) or path.name.lower().endswith(".seg.nrrd"):  # may hold no more than the slices with labels
+            mask = matched(mask, image.geometry)
         return CaseStats(case=name, labels=measure(image, mask))
     except MedsegError as failure:
         return CaseStats(case=name, reason=str(failure))

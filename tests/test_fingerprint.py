@@ -99,7 +99,7 @@ def test_empty_labels_are_counted(tmp_path: Path) -> None:
     assert found.empty_cases == 1
     assert found.intensities[0].maximum == 4.0
     assert found.classes["far"].model_dump() == {
-        "cases": 0, "volume_ml_median": 0.0, "volume_ml_minimum": 0.0, "volume_ml_maximum": 0.0,
+        "cases": 0, "volume_ml_median": 0.0, "volume_ml_minimum": 0.0, "volume_ml_maximum": 0.0, "components_maximum": 0,
     }  # fmt: skip
 
 
@@ -116,6 +116,19 @@ def test_every_bad_case_is_named(tmp_path: Path) -> None:
         measure(bad)
     with pytest.raises(DatasetError, match="no labelled cases"):
         measure(bad.only([]))
+
+
+def test_the_most_pieces_of_any_case(tmp_path: Path) -> None:
+    """Three pieces, of which two would be four if corners did not join; and one piece."""
+    image, label = np.ones((5, 5, 5), np.float32), np.zeros((2, 5, 5, 5), np.uint8)
+    for place in ((0, 0, 0), (1, 1, 1), (3, 3, 3), (4, 3, 4), (0, 4, 0)):
+        label[0][place] = 1
+    label[1, 2] = 1
+    found = measure(dataset(tmp_path, [(image, label[0]), (image, label[1])]))
+    assert (found.classes["near"].components_maximum, found.classes["far"].components_maximum) == (3, 0)
+    body = found.model_dump()
+    del body["classes"]["near"]["components_maximum"]  # as it was written before this was measured
+    assert Fingerprint.checked(body, "old").classes["near"].components_maximum is None
 
 
 def test_ignored_voxels_are_no_foreground(tmp_path: Path) -> None:
