@@ -7,17 +7,23 @@ import glob
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medseg import io
 from medseg.dataset import Case, Dataset
-from medseg.errors import InputError
+from medseg.errors import IncompleteSeries, InputError
+from medseg.io import dicom
+from medseg.io.dicom import Series
 
 log = logging.getLogger(__name__)
 
+MASK_FORMATS = ("nii.gz", "dicom-seg", "seg.nrrd", "nrrd", "mha")
+"""What masks can be written as."""
+_ENDINGS = {"dicom-seg": "dcm"}
 _CHANNEL_FILE = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 _IMAGE_COLUMN = re.compile(r"^(?:image|channel)_?(\d+)$")
+_SERIES_COLUMN = re.compile(r"^series(?:_?(\d+))?$")
 _ID_COLUMNS = ("case", "case_id", "id")
 _WILD = re.compile(r"[*?[]")
 _UNFIT = re.compile(r"[^\w.+-]+")
@@ -77,32 +83,44 @@ class Shard:
         return sorted(cases, key=lambda case: case.id)[self.index - 1 :: self.count]
 
 
-def find_cases(*places: Path | str) -> list[Case]:
+def find_cases(*places: Path | str, series: Sequence[str] = (), resample_irregular: bool = False) -> list[Case]:
     """The images to segment at one or several places.
 
     Args:
         places: each an image file; a folder of images (one file a case, or files ``CASE_0000``, ``CASE_0001``, ... one
-            a channel; hidden files are passed over); a pattern with ``*``, ``?``, ``[...]`` or ``**``, whose folders
-            become part of the ids where they vary (``*/ct.nii.gz`` gives ``ANNA_ct``); a dataset.json, or the folder
-            that holds one, of which the test cases are taken; or a CSV file with a column ``image`` (or ``image_0``,
-            ``image_1``, ... one a channel) of paths relative to it, and perhaps a column ``case`` of ids.
+            a channel; hidden files are passed over); a folder without images, a zip or a file of DICOM, of which each
+            study is a case; a pattern with ``*``, ``?``, ``[...]`` or ``**``, whose folders become part of the ids of
+            files where they vary (``*/ct.nii.gz`` gives ``ANNA_ct``), or which matches folders and zips of DICOM; a
+            dataset.json, or the folder that holds one, of which the test cases are taken; or a CSV file with a column
+            ``image`` (or ``image_0``, ``image_1``, ... one a channel) of paths relative to it, and perhaps a column
+            ``case`` of ids and ``series`` (``series_0``, ...) of patterns of series.
+        series: which DICOM series of a study are meant, one pattern a channel (see ``medseg.io.dicom.select``);
+            without any the only usable series of the study.
+        resample_irregular: take tilted and uneven series too, to be read on a straight grid.
 
     Returns:
-        Cases with different ids, in the order of the places.
+        Cases with different ids, in the order of the places. Those of DICOM are named by a digest of the UID of their
+        first series. A study that leaves open what is meant, or whose series cannot be used, is a case that fails when
+        it is read, with the reason.
 
     Raises:
         InputError: nothing is found, with what was looked for; two images would have masks of one name; or a CSV file
             that cannot be used, with all its faults.
+        IncompleteSeries: no study has a series that can be used.
         DatasetError: the dataset.json cannot be used.
     """
+    wanted = _Wanted(tuple(series), resample_irregular)
     # files named one by one, as a shell does with a pattern, are grouped into channels as those of a folder
-    files = [Path(place) for place in places if _is_image_file(Path(place))]
+    files = [Path(place) for place in places if Path(place).is_file() and _is_image(Path(place))]
+    if files and series:
+        raise InputError("--series", f"picks series of DICOM, and {files[0]} is none", "folders, zips or files of it")
     cases = _group_channels(files)
     for place in places:
         if Path(place) not in files:
-            cases += _cases_at(place)
+            cases += wanted.cases_at(place)
     if not cases:
         raise InputError("INPUT", "is not given", "an image, a folder, a pattern, a dataset.json or a CSV file")
+    _require_one_usable(cases)
     return _unique(cases)
 
 
@@ -110,8 +128,8 @@ def find_masks(place: Path) -> dict[str, Path]:
     """The masks in a folder by their names without ending, or the one mask that is given.
 
     Args:
-        place: a mask, or a folder of them. A DICOM SEG is known by its content; a folder within that holds one is a mask
-            too, and has its name.
+        place: a mask, or a folder of them. A DICOM SEG is known by its content; a folder within that holds one is a
+            mask too, and has its name.
 
     Raises:
         InputError: there is none, or two are of one name.
@@ -145,12 +163,17 @@ def _is_mask(path: Path) -> bool:
     return not _is_second_half(path)
 
 
-def mask_name(case: Case) -> str:
-    """File name of a case's mask: ``CASE.png`` for a picture (``CASE.tif`` for a TIFF), else ``CASE.nii.gz``."""
-    if not io.is_picture(case.images[0]):
-        return f"{case.id}.nii.gz"
-    is_tiff = io.suffix_of(case.images[0]) in (".tif", ".tiff")
+def mask_name(case: Case, form: str = "nii.gz") -> str:
+    """File name of a case's mask in one of ``MASK_FORMATS``; instead of nii.gz that of a picture is .png or .tif."""
+    if form != "nii.gz" or not io.is_picture(case.images[0]):
+        return f"{case.id}.{_ENDINGS.get(form, form)}"
+    is_tiff = io.suffix_of(case.paths[0]) in (".tif", ".tiff")
     return f"{case.id}{'.tif' if is_tiff else '.png'}"
+
+
+def mask_names(case: Case, formats: Sequence[str]) -> tuple[str, ...]:
+    """File names of a case's masks, one a format."""
+    return tuple(mask_name(case, form) for form in formats)
 
 
 def probability_name(case: str, label: str) -> str:
@@ -165,63 +188,186 @@ def require_apart(cases: Iterable[Case], out: Path) -> None:
         InputError: see above.
     """
     folder = out.resolve()
-    for path in (path for case in cases for path in case.images):
-        if path.absolute().parent.resolve() == folder:
-            raise InputError(out, f"holds input images, as {path.name}", "a folder of its own for the masks")
+    for case in cases:
+        for source, place in zip(case.images, case.paths, strict=True):
+            files = source.files if isinstance(source, Series) else ()
+            holders = {path.parent for path in files} | {place if place.is_dir() else place.parent}
+            if folder in {holder.resolve() for holder in holders}:
+                raise InputError(out, f"holds input images, as {place.name}", "a folder of its own for the masks")
 
 
 def files_of(case: Case) -> Iterator[Path]:
     """Every file that the images of a case consist of: of those in two files (.hdr and .img) both."""
-    for path in case.images:
-        if io.suffix_of(path) in (".hdr", ".hdr.gz", ".img", ".img.gz", ".mhd"):
-            yield from sorted(path.parent.glob(f"{glob.escape(io.name_of(path))}.*"))
+    for source in case.images:
+        if isinstance(source, Series):
+            yield from source.files
+        elif io.suffix_of(source) in (".hdr", ".hdr.gz", ".img", ".img.gz", ".mhd"):
+            yield from sorted(source.parent.glob(f"{glob.escape(io.name_of(source))}.*"))
         else:
-            yield path
+            yield source
 
 
-def _is_image_file(path: Path) -> bool:
-    return path.is_file() and io.suffix_of(path) is not None
+@dataclass(frozen=True)
+class _Wanted:
+    """What is taken of DICOM.
 
+    Attributes:
+        patterns: of series, one a channel; none for the only usable series.
+        resample_irregular: whether tilted and uneven series are taken too.
+    """
 
-def _cases_at(place: Path | str) -> list[Case]:
-    """The cases at a place that is no image file."""
-    path = Path(place)
-    if not path.exists() and _WILD.search(str(place)):
-        return _matching(str(place))
-    listing = path / "dataset.json" if path.is_dir() else path
-    if listing.name.endswith(".json") and listing.is_file():
-        return _listed_cases(listing)
-    if not path.exists():
-        kinds = "an image, a folder of images, a pattern, a dataset.json or a CSV file"
-        raise InputError(path, "does not exist", kinds)
-    if path.is_file() and path.suffix.lower() == ".csv":
-        return _table_cases(path)
-    if path.is_file():
-        raise InputError(path, "has no known image ending", " ".join(io.SUFFIXES))
-    files = _images_of(path.iterdir(), path)
-    if not files:
+    patterns: tuple[str, ...]
+    resample_irregular: bool
+
+    def cases_at(self, place: Path | str) -> list[Case]:
+        """The cases at a place that is no image file."""
+        path = Path(place)
+        if not path.exists() and _WILD.search(str(place)):
+            return self.matching(str(place))
+        listing = path / "dataset.json" if path.is_dir() else path
+        if listing.name.endswith(".json") and listing.is_file():
+            return [self.located(case) for case in _listed_cases(listing)]
+        if not path.exists():
+            kinds = "an image, a folder of images or DICOM, a zip, a pattern, a dataset.json or a CSV file"
+            raise InputError(path, "does not exist", kinds)
+        if path.is_dir():
+            return self.folder(path)
+        if path.suffix.lower() == ".csv":
+            return self.table(path)
+        if not io.is_dicom(path):
+            raise InputError(path, "has no known image ending", " ".join(io.SUFFIXES))
+        if cases := self.studies(path):
+            return cases
+        raise InputError(path, "holds no DICOM image", "a series of CT, MR or PET images")
+
+    def folder(self, path: Path) -> list[Case]:
+        """The cases of a folder: its images, or the studies in it and below it."""
+        files = [] if self.patterns else _images_of(path.iterdir(), path)
+        if cases := _group_channels(files) if files else self.studies(path):
+            return cases
         inner = (child for child in sorted(path.iterdir()) if child.is_dir() and _images_of(child.iterdir(), child))
         found = f"holds no image among its {sum(1 for _ in path.iterdir())} entries"
         first = next(inner, None)
         remedy = f"did you mean {first}?" if first else ""
-        raise InputError(path, found, f"files ending in {' '.join(io.SUFFIXES)}", remedy)
-    return _group_channels(files)
+        raise InputError(path, found, f"DICOM, or files ending in {' '.join(io.SUFFIXES)}", remedy)
+
+    def matching(self, pattern: str) -> list[Case]:
+        """The cases of a pattern: of images, each named by its path below the last folder spelled out; or of DICOM."""
+        parts = Path(pattern).parts
+        fixed = next(n for n, part in enumerate(parts) if _WILD.search(part))
+        root = Path(*parts[:fixed])
+        found = sorted(root.glob(str(Path(*parts[fixed:]))))
+        images = [] if self.patterns else _images_of(found, root)
+        if images:
+            return _matching(images, root)
+        places = [path for path in found if not path.name.startswith(".") and io.is_dicom(path)]
+        cases = []
+        for place in places:
+            of_place = self.studies(place)
+            if not of_place:
+                log.warning("%s: holds no image, and is passed over", place)
+            cases += of_place
+        if not cases:
+            raise InputError(pattern, "matches no image", f"DICOM, or files ending in {' '.join(io.SUFFIXES)}")
+        return cases
+
+    def table(self, table: Path) -> list[Case]:
+        """The cases of a CSV file."""
+        rows, columns, patterns = _rows(table)
+        cases = []
+        for line, row in rows:
+            named = next((text for column in _ID_COLUMNS if (text := _cell(row, column))), "")
+            paths = [table.parent / _cell(row, column) for column in columns]
+            own = tuple(text for column in patterns if (text := _cell(row, column)))
+            if any(io.is_dicom(path) for path in paths):
+                case = replace(self, patterns=own or self.patterns).of_row(paths, f"{table}, row {line}")
+            else:
+                case = replace(_group_channels(paths)[0], images=tuple(paths))
+            cases.append(replace(case, id=named) if named else case)
+        return cases
+
+    def of_row(self, paths: Sequence[Path], where: str) -> Case:
+        """The case of several places, one a channel, or of one place for all channels."""
+        patterns = self.patterns or ("",) * len(paths)
+        places = list(paths) * len(patterns) if len(paths) == 1 else list(paths)
+        if len(places) != len(patterns):
+            raise InputError(where, f"has {len(paths)} images and {len(patterns)} series", "one series an image")
+        sources: list[io.Source] = []
+        for place, pattern in zip(places, patterns, strict=True):
+            try:
+                is_series = io.is_dicom(place)
+                sources.append(io.series(place, pattern, self.resample_irregular) if is_series else place)
+            except InputError as failure:
+                return _failing(where, place, failure)
+        return Case(io.name_of(sources[0]), tuple(sources), None)
+
+    def located(self, case: Case) -> Case:
+        """A case with its places as series."""
+        if not any(io.is_dicom(path) for path in case.paths):
+            return case
+        return replace(self.of_row(case.paths, case.id), id=case.id)
+
+    def studies(self, place: Path) -> list[Case]:
+        """A case a study of a folder, zip or file; none where there is no series."""
+        try:
+            found = dicom.scan(place)
+        except InputError as failure:
+            return [_failing(str(place), place, failure)]
+        studies: dict[str, list[Series]] = {}
+        for one in found.series:
+            studies.setdefault(one.study_uid, []).append(one)
+        by_uid = {one.study_uid for one in found.series for pattern in self.patterns if _is_named(one, pattern)}
+        return [self.study(place, studies[uid]) for uid in (by_uid or studies)]
+
+    def study(self, place: Path, study: Sequence[Series]) -> Case:
+        """The case of a study."""
+        scan, chosen = dicom.Scan(tuple(study), {}), []
+        for pattern in self.patterns or ("",):
+            try:
+                chosen += dicom.select(scan, pattern, resample_irregular=self.resample_irregular)
+            except InputError as failure:
+                return _failing(study[0].study_uid, place, failure)
+        return Case(chosen[0].name, tuple(chosen), None)
 
 
-def _matching(pattern: str) -> list[Case]:
-    """The cases of a pattern, each named by its path below the last folder that the pattern spells out."""
-    parts = Path(pattern).parts
-    fixed = next(n for n, part in enumerate(parts) if _WILD.search(part))
-    root = Path(*parts[:fixed])
+def _is_named(series: Series, pattern: str) -> bool:
+    """Whether a pattern is the name or UID of a series, with its part or without."""
+    return pattern.partition("[")[0] in (series.uid, series.name)
+
+
+def _failing(key: str, place: Path, failure: InputError) -> Case:
+    """A case that fails when it is read: its series is none, for the reason that the failure has."""
+    reason = str(failure).removeprefix(f"{failure.where}: ")
+    none = Series(place, key, "", "", "", "", "", (), None, "", "", reason)
+    return Case(none.name, (none,), None)
+
+
+def _require_one_usable(cases: Sequence[Case]) -> None:
+    """Refuse a list whose cases have all failed already.
+
+    Raises:
+        IncompleteSeries: it is one.
+    """
+    failed = [image for case in cases for image in case.images[:1] if isinstance(image, Series) and image.reason]
+    if len(failed) == len(cases):
+        more = f" (the first of {len(cases)} that cannot be used)" if len(cases) > 1 else ""
+        raise IncompleteSeries(f"{failed[0].place}{more}", failed[0].reason)
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file is an image by its ending, and not DICOM."""
+    return io.suffix_of(path) not in (None, *dicom.SUFFIXES)
+
+
+def _matching(images: Iterable[Path], root: Path) -> list[Case]:
+    """Images as cases, each named by its path below a folder."""
     folders: dict[Path, list[Path]] = {}
-    for path in _images_of(root.glob(str(Path(*parts[fixed:]))), root):
+    for path in images:
         folders.setdefault(path.parent, []).append(path)
-    if not folders:
-        raise InputError(pattern, "matches no image", f"files ending in {' '.join(io.SUFFIXES)}")
     cases = []
     for folder, files in sorted(folders.items()):
         prefix = "".join(f"{part}_" for part in folder.relative_to(root).parts)
-        cases += [Case(prefix + case.id, case.images, None) for case in _group_channels(files)]
+        cases += [replace(case, id=prefix + case.id) for case in _group_channels(files)]
     return cases
 
 
@@ -236,47 +382,55 @@ def _listed_cases(listing: Path) -> list[Case]:
     return list(dataset.test)
 
 
-def _table_cases(table: Path) -> list[Case]:
-    """The cases of a CSV file, whose cells are parted by commas, semicolons or tabs."""
+def _rows(table: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str], list[str]]:
+    """A CSV file, whose cells are parted by commas, semicolons or tabs: rows by line, columns of images and series.
+
+    Raises:
+        InputError: it cannot be read, or is no list of images; with all its faults.
+    """
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             separator = max(",;\t", key=file.readline().count)
             file.seek(0)
             reader = csv.DictReader(file, delimiter=separator)
-            rows = list(reader)
+            rows = list(enumerate(reader, start=2))
             columns = _columns(reader.fieldnames or (), table)
+            patterns = _numbered(reader.fieldnames or (), _SERIES_COLUMN)
     except (OSError, UnicodeDecodeError, csv.Error) as failure:
         raise InputError(table, f"cannot be read: {failure}", "a CSV file in UTF-8") from None
-    cases, faults = [], []
-    for line, row in enumerate(rows, start=2):
-        cells = [(row.get(column) or "").strip() for column in columns]
-        if empty := [column for column, cell in zip(columns, cells, strict=True) if not cell]:
-            faults.append(f"row {line} names no {' and no '.join(empty)}")
-            continue
-        named = next((text for column in _ID_COLUMNS if (text := (row.get(column) or "").strip())), "")
-        paths = [table.parent / cell for cell in cells]
-        cases += [Case(named or case.id, tuple(paths), None) for case in _group_channels(paths)[:1]]
+    empty = {line: [column for column in columns if not _cell(row, column)] for line, row in rows}
+    faults = [f"row {line} names no {' and no '.join(names)}" for line, names in empty.items() if names]
     if not rows:
         faults.append("it has no rows")
     if faults:
         raise InputError(table, "; ".join(faults), "a path in every row")
-    return cases
+    return rows, columns, patterns
+
+
+def _cell(row: Mapping[str, str], column: str) -> str:
+    return (row.get(column) or "").strip()
 
 
 def _columns(names: Sequence[str], table: Path) -> list[str]:
     """The columns of images: ``image``, or those with a number in the order of the numbers."""
     if "image" in names:
         return ["image"]
-    numbered = {int(match[1]): name for name in names if (match := _IMAGE_COLUMN.match(name or ""))}
+    numbered = _numbered(names, _IMAGE_COLUMN)
     if not numbered:
         raise InputError(table, f"has the columns {', '.join(map(str, names))}", "image, or image_0, image_1, ...")
-    return [numbered[number] for number in sorted(numbered)]
+    return numbered
+
+
+def _numbered(names: Sequence[str], kind: re.Pattern[str]) -> list[str]:
+    """The columns of a kind in the order of their numbers."""
+    found = {int(match[1] or 0): name for name in names if (match := kind.match(name or ""))}
+    return [found[number] for number in sorted(found)]
 
 
 def _images_of(paths: Iterable[Path], folder: Path) -> list[Path]:
     """The images among paths by name; of a pair of header and image the header; beside volumes no pictures."""
     files = [path for path in sorted(paths) if path.is_file() and not path.name.startswith(".")]
-    images = [path for path in files if io.suffix_of(path) and not _is_second_half(path)]
+    images = [path for path in files if _is_image(path) and not _is_second_half(path)]
     volumes = [path for path in images if not io.is_picture(path)]
     if volumes and len(volumes) < len(images):  # previews, as many programs make them
         log.warning("%s: %d pictures beside volumes are passed over", folder, len(images) - len(volumes))
@@ -312,7 +466,14 @@ def _unique(cases: Sequence[Case]) -> list[Case]:
     known: dict[str, Case] = {}
     for case in cases:
         other = known.setdefault(case.id, case)
-        if [path.absolute() for path in other.images] != [path.absolute() for path in case.images]:
-            found = f"is the name of several images: {other.images[0]} and {case.images[0]}"
-            raise InputError(case.id, found, "one image a case", "give ids in a CSV file: case,image")
+        if [_key(source) for source in other.images] != [_key(source) for source in case.images]:
+            found = f"is the name of several images: {other.paths[0]} and {case.paths[0]}"
+            is_series = isinstance(case.images[0], Series)
+            remedy = "give the folder that holds all files of the series" if is_series else "give ids in a CSV file"
+            raise InputError(case.id, found, "one image a case", remedy + ("" if is_series else ": case,image"))
     return list(known.values())
+
+
+def _key(source: io.Source) -> object:
+    """What makes two images the same."""
+    return (source.uid, source.part, source.files) if isinstance(source, Series) else source.absolute()
