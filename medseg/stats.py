@@ -19,7 +19,7 @@ from medseg.cases import find_cases, find_masks
 from medseg.dataset import Case
 from medseg.errors import GeometryMismatch, InputError, MedsegError
 from medseg.geometry import Geometry
-from medseg.io import describe_grid, is_dicom, read_mask, read_volume
+from medseg.io import describe_grid, has_segments, read_mask, read_volume
 from medseg.io.dicom_seg import matched
 from medseg.postprocess import piece_sizes
 from medseg.progress import Progress, silent
@@ -122,7 +122,11 @@ class CohortStats(Record):
         return {case.case: case.reason for case in self.cases if case.reason}
 
     def save_csv(self, path: Path) -> None:
-        """Write one row a case and label, atomically; of a failed case one row with its reason.
+        """Write the table of ``as_csv``, atomically."""
+        write_text(path, self.as_csv())
+
+    def as_csv(self) -> str:
+        """A table with one row a case and label; of a failed case one row with its reason.
 
         What is not known (the intensities of an empty label) is left empty. Of images of several channels, the columns
         of intensities end in the channel's number, from 0.
@@ -142,7 +146,7 @@ class CohortStats(Record):
             if case.reason:
                 blank = [""] * (2 + len(_COLUMNS) + len(measured))
                 writer.writerow([case.case, *blank, " ".join(case.reason.split())])
-        write_text(path, text.getvalue())
+        return text.getvalue()
 
 
 _COLUMNS = (
@@ -197,6 +201,7 @@ def measure_folders(
     masks: Path,
     labels: Labels | None = None,
     progress: Progress = silent,
+    series: Sequence[str] = (),
 ) -> CohortStats:
     """Measure every mask on the image of its name (endings aside).
 
@@ -205,6 +210,7 @@ def measure_folders(
         masks: a folder of masks, or one mask. One image and one mask are a pair whatever their names.
         labels: names of the values; without them those that each file knows, else ``label_<value>``.
         progress: called after each case.
+        series: which DICOM series are meant, as ``find_cases`` takes it.
 
     Returns:
         One a mask. A DICOM SEG or ``.seg.nrrd`` is first turned, cut and padded to the image's grid, where both have the
@@ -215,7 +221,8 @@ def measure_folders(
         InputError: no image or mask is found, or no two have a name in common.
         DatasetError: a dataset.json that cannot be used.
     """
-    cases = {case.id: case for case in find_cases(*([images] if isinstance(images, Path | str) else images))}
+    places = [images] if isinstance(images, Path | str) else images
+    cases = {case.id: case for case in find_cases(*places, series=series)}
     found = find_masks(masks)
     if len(cases) == len(found) == 1:
         cases = dict(zip(found, cases.values(), strict=True))
@@ -244,7 +251,7 @@ def _measure_case(name: str, case: Case | None, path: Path, labels: Labels | Non
         return CaseStats(case=name, reason=f"{path}: there is no image of this name")
     try:
         image, mask = read_volume(case.images), read_mask(path, labels)
-        if is_dicom(path) or path.name.lower().endswith(".seg.nrrd"):  # may hold no more than the slices with labels
+        if has_segments(path):  # may hold no more than the slices with labels
             mask = matched(mask, image.geometry)
         return CaseStats(case=name, labels=measure(image, mask))
     except MedsegError as failure:
