@@ -1,20 +1,30 @@
-"""The check of a dataset: every fault of every case, named at once, with a remedy."""
+"""The check of a dataset, or of images alone: every fault of every case, named at once, with a remedy."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.dataset import Case, Dataset, Finding, Findings, short_name
-from medseg.errors import InputError, MedsegError
+from medseg.errors import GeometryMismatch, InputError, MedsegError
 from medseg.geometry import Geometry
-from medseg.io import describe_grid, finite_float32, format_of, integral, is_picture, naming
+from medseg.io import (
+    describe_grid,
+    finite_float32,
+    format_of,
+    has_segments,
+    integral,
+    is_picture,
+    naming,
+    read_mask,
+    read_volume,
+)
+from medseg.io.dicom_seg import matched
 from medseg.progress import Progress, silent, track
 from medseg.volume import Labels, Volume
 
@@ -62,6 +72,26 @@ def check(dataset: Dataset, progress: Progress = silent) -> Findings:
     return Findings(findings=tuple(sorted(findings, key=lambda f: f.case)), cases_checked=len(everything))
 
 
+def check_images(cases: Sequence[Case], progress: Progress = silent) -> Findings:
+    """Read images that no dataset speaks of, and say which of them cannot be segmented, and what is odd about others.
+
+    Returns:
+        Findings by case, as of a dataset.
+    """
+    findings: list[Finding] = []
+    for case in track(cases, "checking", progress):
+        try:
+            volume = read_volume(case.images)
+        except MedsegError as failure:
+            expected = f" (expected {failure.expected})" if failure.expected else ""
+            remedy = failure.remedy or "replace it, or leave it out"
+            findings.append(Finding.fault(case.id, "unreadable", f"{failure.where}: {failure.found}{expected}", remedy))
+        else:
+            remedy = "check that this is as it should be"
+            findings += [Finding.warning(case.id, "odd", warning, remedy) for warning in volume.warnings]
+    return Findings(findings=tuple(sorted(findings, key=lambda f: f.case)), cases_checked=len(cases))
+
+
 # ---- one case --------------------------------------------------------------------------------------------------------
 
 
@@ -88,8 +118,17 @@ class _Faults(list[Finding]):
     def add(self, kind: str, found: str, remedy: str, unusable: bool = True) -> None:
         self.append(Finding(case=self.case.id, kind=kind, unusable=unusable, found=found, remedy=remedy))
 
-    def read(self, file: Path, what: Literal["image", "label"]) -> Volume | None:
-        """The file with its voxels as they are stored, or None and a finding."""
+    def image(self, file: Path) -> Volume | None:
+        """The image with its voxels as they are stored, or None and a finding."""
+        return self._read(file, "image", lambda: replace(format_of(file).read(file), paths=(file,)))
+
+    def label(self, file: Path, image: Volume | None, labels: Labels) -> Volume | None:
+        """The mask likewise; one of segments with the values of their names, on the grid of the image if it can be."""
+        if not has_segments(file):
+            return self._read(file, "label", lambda: format_of(file).read_labels(file))
+        return self._read(file, "label", lambda: _segments(file, image, labels))
+
+    def _read(self, file: Path, what: str, read: Callable[[], Volume]) -> Volume | None:
         if not file.exists():
             self.add(
                 f"missing-{what}",
@@ -98,12 +137,12 @@ class _Faults(list[Finding]):
             )
             return None
         try:
-            form = format_of(file)
-            return form.read(file) if what == "image" else form.read_labels(file)
+            return read()
         except MedsegError as failure:
             expected = f" (expected {failure.expected})" if failure.expected else ""
             remedy = failure.remedy or "replace the file, or remove the case from the list"
-            self.add("damaged", f"{self.name(file)} {failure.found}{expected}", remedy)
+            kind = "grid" if isinstance(failure, GeometryMismatch) else "damaged"
+            self.add(kind, f"{self.name(file)} {failure.found}{expected}", remedy)
         except (OSError, ValueError, RuntimeError, MemoryError) as failure:
             self.add("damaged", f"{self.name(file)} cannot be read: {failure}", "replace the file")
         return None
@@ -112,10 +151,17 @@ class _Faults(list[Finding]):
         return short_name(file, self.root)
 
 
+def _segments(file: Path, image: Volume | None, labels: Labels) -> Volume:
+    mask = read_mask(file, labels)
+    if image is not None:
+        mask = matched(mask, image.geometry)
+    return Volume(mask.array[np.newaxis], mask.geometry, (file,), warnings=mask.warnings)
+
+
 def _look_at(case: Case, dataset: Dataset) -> tuple[_Look, list[Finding]]:
     faults = _Faults(case, dataset.root)
-    parts = [part for file in case.images if (part := faults.read(file, "image"))]
-    mask = faults.read(case.label, "label") if case.label else None
+    parts = [part for file in case.paths if (part := faults.image(file))]
+    mask = faults.label(case.label, parts[0] if parts else None, dataset.labels) if case.label else None
     for warning, name in _oddities([*parts, mask] if mask else parts, faults).items():
         faults.add("odd", f"{name} {warning}", "check that this is as it should be", unusable=False)
     whole = len(parts) == len(case.images)

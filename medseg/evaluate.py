@@ -2,13 +2,15 @@
 
 Every case counts. A prediction that is missing, unreadable, on another grid or with unknown values fails and has the
 worst scores; a reference that cannot be used is listed, as there is nothing to score against. Nothing is resampled:
-scores are taken on the reference's grid.
+scores are taken on the reference's grid. A DICOM SEG or ``.seg.nrrd``, which may hold no more than what the labels take
+up, is turned and padded to the other mask's grid where both have the same voxels; segments are matched by their names.
 """
 
 from __future__ import annotations
 
 import csv
 import io as text_io
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,9 +21,12 @@ from statistics import fmean, median
 
 import numpy as np
 
+from medseg.cases import find_masks
 from medseg.dataset import Dataset
 from medseg.errors import DatasetError, GeometryMismatch, InputError, UnreadableFile
-from medseg.io import describe_grid, name_of, read_mask, suffix_of
+from medseg.geometry import Box, Geometry
+from medseg.io import describe_grid, has_segments, read_mask
+from medseg.io.dicom_seg import matched
 from medseg.metrics import DEFINITIONS, ClassScore, score_failure, score_pair
 from medseg.progress import Progress, silent
 from medseg.records import Record, write_text
@@ -30,10 +35,13 @@ from medseg.volume import Labels, Mask
 DEFAULT_TOLERANCE_MM = 1.0
 """Tolerance of NSD where none is given; every evaluation records the one it used."""
 
+MOST_VOXELS = 2**31
+"""Of the grid that holds two masks of segments: with more they are of different places."""
+
 _WORKERS = min(4, os.cpu_count() or 1)  # each holds one pair of masks: bounded memory
 
 Pair = tuple[str, Path, Path]
-"""Case id, path of the prediction (which may be missing), path of the reference."""
+"""Case id, path of the prediction (which may be missing), path of the reference; files, or folders of a DICOM SEG."""
 
 
 class CaseScores(Record):
@@ -145,11 +153,11 @@ def evaluate_folders(
     """Score predictions against references with the same file names (endings aside).
 
     Args:
-        predictions: a folder of masks, or one mask.
+        predictions: a folder of masks, or one mask. A folder within it that holds a DICOM SEG is a mask too.
         references: a folder of masks, one mask, or a dataset folder with its ``dataset.json``, whose training labels
             and label names are used. Two single files are a pair whatever their names.
-        labels: names of the values. Without them and without a dataset: ``label_<value>`` for every value that the
-            references hold.
+        labels: names of the values. Without them and without a dataset: those that the references name, or
+            ``label_<value>`` for every value that they hold.
         tolerance_mm: of NSD.
         cases: ids to score; all that have a reference otherwise.
         only_predicted: score only cases that have a prediction, as those of one fold; the others are no failures then.
@@ -160,7 +168,7 @@ def evaluate_folders(
         DatasetError: none of the references can be used.
     """
     known, found = _references(references)
-    predicted = _masks(predictions)
+    predicted = find_masks(predictions)
     if predictions.is_file():
         if references.is_file():
             predicted = dict(zip(found, predicted.values(), strict=True))
@@ -239,12 +247,16 @@ def _score_case(pair: Pair, labels: Labels, tolerance_mm: float) -> _Result:
     """The scores of one case, or why its reference cannot be used."""
     case, prediction_path, reference_path = pair
     try:
-        reference = read_mask(reference_path)
+        reference = read_mask(reference_path, labels)
         worst = score_failure(reference.array, reference.geometry, labels, reference_path)
     except InputError as failure:
         return str(failure)
     try:
-        prediction = _read_prediction(prediction_path, reference)
+        if not prediction_path.exists():
+            raise UnreadableFile(prediction_path, "there is no prediction", "a mask")
+        prediction, reference = _on_one_grid(
+            read_mask(prediction_path, labels), reference, prediction_path, reference_path
+        )
         scores = score_pair(
             prediction.array, reference.array, reference.geometry, labels, tolerance_mm, prediction_path
         )
@@ -253,18 +265,33 @@ def _score_case(pair: Pair, labels: Labels, tolerance_mm: float) -> _Result:
     return CaseScores(case=case, scores=scores)
 
 
-def _read_prediction(path: Path, reference: Mask) -> Mask:
-    if not path.is_file():
-        raise UnreadableFile(path, "there is no prediction", "a mask")
-    prediction = read_mask(path)
-    if not prediction.geometry.close_to(reference.geometry):
+def _on_one_grid(prediction: Mask, reference: Mask, path: Path, reference_path: Path) -> tuple[Mask, Mask]:
+    """Both masks on the grid that is scored: the reference's, unless it alone has segments, or both have."""
+    if prediction.geometry.close_to(reference.geometry):
+        return prediction, reference
+    parts = has_segments(path), has_segments(reference_path)
+    if not any(parts):
         raise GeometryMismatch(
             path,
             f"grid {describe_grid(prediction)} differs from the reference's",
             describe_grid(reference),
             "predict on the grid of the image; masks are never resampled here",
         )
-    return prediction
+    grid = prediction.geometry if parts == (False, True) else reference.geometry
+    if all(parts):
+        grid = _extended(grid, prediction.geometry, path)
+    return matched(prediction, grid), matched(reference, grid)
+
+
+def _extended(grid: Geometry, other: Geometry, where: Path) -> Geometry:
+    """A grid with as many more voxels on each side as it takes to hold another."""
+    corners = other.world(np.array(list(itertools.product(*((0.0, n - 1.0) for n in other.shape)))))
+    places = np.rint(Geometry(grid.shape, np.linalg.inv(grid.affine)).world(corners)).astype(int)
+    start = np.minimum(places.min(axis=0), 0)
+    stop = np.maximum(places.max(axis=0) + 1, grid.shape)
+    if np.prod(stop - start, dtype=float) > MOST_VOXELS:
+        raise GeometryMismatch(where, "lies far away from the reference", "a mask of the same image")
+    return grid.cropped(Box(tuple(start.tolist()), tuple(stop.tolist())))
 
 
 def _summarise(scores: Sequence[ClassScore]) -> ClassSummary:
@@ -296,45 +323,35 @@ def _mean(spreads: Iterable[Spread | None]) -> float | None:
 def _references(path: Path) -> tuple[Labels | None, dict[str, Path]]:
     """Label names, where a dataset gives them, and the reference of each case."""
     if not (path / "dataset.json").is_file():
-        return None, _masks(path)
+        return None, find_masks(path)
     dataset = Dataset.open(path)
     return dataset.labels, {case.id: case.label for case in dataset.cases if case.label}
 
 
-def _masks(path: Path) -> dict[str, Path]:
-    """The masks in a folder by case id (or the one given)."""
-    if path.is_file():
-        return {name_of(path): path}
-    if not path.is_dir():
-        raise InputError(path, "is not there", "a mask or a folder of masks")
-    masks: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if file.name.startswith(".") or suffix_of(file) is None or _is_other_half(file):
-            continue
-        if (name := name_of(file)) in masks:
-            raise InputError(file, f"and {masks[name].name} are both masks of {name}", "one mask a case")
-        masks[name] = file
-    if not masks:
-        raise InputError(path, "holds no masks", "files ending in .nii.gz, .nrrd or another known image ending")
-    return masks
-
-
-def _is_other_half(file: Path) -> bool:
-    """Whether this is the .img of a .hdr beside it."""
-    return ".img" in file.name and file.with_name(file.name.replace(".img", ".hdr")).exists()
-
-
 def _found_labels(references: Sequence[Path]) -> Labels:
-    values: set[int] = set()
-    for found in ThreadPoolExecutor(_WORKERS).map(_values, references):
-        values |= found
-    if not values - {0}:
+    """The names that all of the references give, or ``label_<value>``."""
+    looks = [look for look in ThreadPoolExecutor(_WORKERS).map(_look, references) if look]
+    if looks and all(names for names, _ in looks):
+        return _common_names([names for names, _ in looks if names])
+    values = set[int]().union(*(found for _, found in looks)) - {0}
+    if not values:
         raise InputError("references", "hold no label but background", "masks with structures, or named labels")
-    return Labels(values={f"label_{value}": value for value in sorted(values - {0})})
+    return Labels(values={f"label_{value}": value for value in sorted(values)})
 
 
-def _values(path: Path) -> set[int]:
+def _common_names(found: Sequence[Labels]) -> Labels:
+    """The labels of several masks that name theirs, with values of their own where these differ from file to file."""
+    pairs = {pair for labels in found for pair in labels.values.items()}
+    values = dict(pairs)
+    if len(pairs) == len(values) == len(set(values.values())):
+        return Labels(values=values)
+    return Labels(values={name: n for n, name in enumerate(sorted(values), start=1)})
+
+
+def _look(path: Path) -> tuple[Labels | None, set[int]] | None:
+    """The names that a mask gives its values, and the values that it holds; None where it cannot be read."""
     try:
-        return {int(value) for value in np.unique(read_mask(path).array)}
+        mask = read_mask(path)
     except InputError:
-        return set()  # listed when the case is scored
+        return None  # listed when the case is scored
+    return mask.labels, {int(value) for value in np.unique(mask.array)}
