@@ -213,7 +213,7 @@ def measure_folders(
         series: which DICOM series are meant, as ``find_cases`` takes it.
 
     Returns:
-        One a mask. A DICOM SEG or ``.seg.nrrd`` is first turned, cut and padded to the image's grid, where both have the
+        One a mask. A DICOM SEG or ``.seg.nrrd`` is first turned, cut and padded to the image's grid, if both have the
         same voxels. A case that cannot be measured (no image of its name, another grid, a damaged file) has its reason
         and stops no other.
 
