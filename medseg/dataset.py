@@ -3,7 +3,8 @@
 A dataset is a folder with a ``dataset.json``, either as the Medical Segmentation Decathlon ships it (lists of files,
 labels keyed by value, channels as a fourth dimension) or as nnU-Net v2 wants it (labels keyed by name, one file a
 channel with the endings ``_0000``, ``_0001``; of pictures, one file ``_0000`` may hold all channels, as RGB does).
-Nothing is renamed or copied.
+Nothing is renamed or copied. Both may say what labels stand for, and in which colour they are shown: see
+``io.label_tables.labels_of_dataset``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from medseg.errors import DatasetError
 from medseg.io import Source, is_picture, name_of, suffix_of
+from medseg.io.label_tables import labels_of_dataset
 from medseg.records import Record, digest_file, digest_of, read_json
 from medseg.volume import Labels
 
@@ -150,7 +152,7 @@ class Dataset:
         root = listing.parent
         body = read_json(listing)
         channels = _read_channels(body, listing)
-        labels = _read_labels(body, listing)
+        labels = labels_of_dataset(body, listing)
         training, test = _read_cases(body, listing, channels)
         cases, faults = _unique(training, root)
         apart, test_faults = _unique(test, root)
@@ -219,7 +221,8 @@ class Dataset:
             [case.id, len(case.images), *(digest_file(file) if file.exists() else "missing" for file in case.files)]
             for case in self.cases
         ]
-        return digest_of([list(self.channels), self.labels.model_dump(mode="json"), content])
+        labels = self.labels.model_dump(mode="json", exclude={"codings", "colours"})  # no voxel depends on these
+        return digest_of([list(self.channels), labels, content])
 
     def _kept(self, ids: set[str]) -> Dataset:
         return replace(
@@ -263,45 +266,6 @@ def _read_channels(body: Mapping[str, Any], listing: Path) -> tuple[str, ...]:
     if not named or not isinstance(named, list):
         raise DatasetError(listing, "names no channels", '"modality" or "channel_names", as {"0": "MRI"}')
     return tuple(str(name) for name in named)
-
-
-def _read_labels(body: Mapping[str, Any], listing: Path) -> Labels:
-    named = body.get("labels")
-    if not isinstance(named, dict) or not named:
-        raise DatasetError(listing, "has no labels", 'labels as {"0": "background", "1": "liver"}')
-    by_name = _by_value(named, listing) if all(isinstance(v, str) for v in named.values()) else named
-    values: dict[str, int] = {}
-    regions: dict[str, tuple[int, ...]] = {}
-    ignore = None
-    for name, value in by_name.items():
-        members = _integers(value, name, listing)
-        if len(members) > 1:
-            regions[name] = members
-        elif name.casefold() == "ignore":
-            ignore = members[0]
-        elif members[0] != 0:
-            values[name] = members[0]
-    for member in sorted({m for members in regions.values() for m in members} - set(values.values())):
-        values[f"label_{member}"] = member
-    return Labels.checked({"values": values, "regions": regions, "ignore": ignore}, f"{listing}, labels", DatasetError)
-
-
-def _by_value(named: Mapping[str, str], listing: Path) -> dict[str, int]:
-    """The Decathlon's {"1": "liver"} turned round."""
-    repeated = [name for name, count in Counter(named.values()).items() if count > 1]
-    if repeated:
-        raise DatasetError(listing, f"label names {repeated} stand for several values", "one name a value")
-    return {name: _integers(value, name, listing)[0] for value, name in named.items()}
-
-
-def _integers(value: Any, name: str, listing: Path) -> tuple[int, ...]:
-    members = value if isinstance(value, list) else [value]
-    try:
-        if members and not any(isinstance(m, bool) or (isinstance(m, float) and m % 1) for m in members):
-            return tuple(int(m) for m in members)
-    except (TypeError, ValueError):
-        pass
-    raise DatasetError(listing, f"label {name!r} has the value {value!r}", "an integer, or a list of them for a region")
 
 
 def _read_cases(body: Mapping[str, Any], listing: Path, channels: Sequence[str]) -> tuple[list[Case], list[Case]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import re
+from collections.abc import Sequence
 from functools import cache
 
 from medseg.records import Record
@@ -27,6 +28,9 @@ class Code(Record):
     meaning: str
     scheme: str = "SCT"
 
+
+Triplet = tuple[str, str, str]
+"""Scheme, value and meaning of a code; three empty words where there is none."""
 
 ANATOMICAL_STRUCTURE = Code(value="91723000", meaning="Anatomical Structure")
 ABNORMAL_STRUCTURE = Code(value="49755003", meaning="Morphologically Abnormal Structure")
@@ -49,6 +53,27 @@ class Coding(Record):
     modifier: Code | None = None
     region: Code | None = None
     region_modifier: Code | None = None
+
+    @property
+    def triplets(self) -> tuple[Triplet, ...]:
+        """Category, type, its modifier, region and its modifier; the order and form of 3D Slicer's files."""
+        parts = (self.category, self.type, self.modifier, self.region, self.region_modifier)
+        return tuple(("", "", "") if part is None else (part.scheme, part.value, part.meaning) for part in parts)
+
+    @classmethod
+    def from_triplets(cls, triplets: Sequence[Triplet]) -> Coding | None:
+        """What ``triplets`` gives, as a coding; None where it says nothing: no category or type, or "tissue" for both.
+
+        The latter is what 3D Slicer writes where nothing was chosen. A category of 123037004, which is SNOMED CT's body
+        structure and stood for anatomical structure in older programs, becomes what DICOM has for that (PS3.16, 7150).
+        """
+        codes = [Code(scheme=s, value=v, meaning=m) if s and v and m else None for s, v, m in triplets]
+        category, kind, modifier, region, region_modifier = codes
+        if category is None or kind is None or category.value == kind.value == TISSUE.value:
+            return None
+        if (category.scheme, category.value) == ("SCT", "123037004"):
+            category = ANATOMICAL_STRUCTURE
+        return cls(type=kind, category=category, modifier=modifier, region=region, region_modifier=region_modifier)
 
 
 Colour = tuple[int, int, int]

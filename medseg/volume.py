@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medseg.errors import InputError
 from medseg.geometry import Geometry
@@ -54,6 +54,12 @@ class Labels(Record):
         if any(not 0 <= part <= 255 for colour in self.colours.values() for part in colour):
             raise ValueError("a colour is three numbers from 0 to 255")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_plain_data(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without codings and colours where there are none: digests are those of labels from before there were any."""
+        body: dict[str, Any] = dump(self)
+        return {name: value for name, value in body.items() if value or name not in ("codings", "colours")}
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from small_datasets import decathlon, image, mask, nnunet, picture, save_picture
 
 from medseg.dataset import Case, Dataset, Fold
 from medseg.errors import DatasetError, InputError
+from medseg.terminology import Code, Coding
 
 DATA = os.environ.get("MEDSEG_TEST_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="MEDSEG_TEST_DATA is not set")
@@ -88,9 +89,25 @@ def test_regions_and_ignore(tmp_path: Path) -> None:
     assert known.ignore == 9
 
 
+@pytest.mark.parametrize("layout", [decathlon, nnunet])
+def test_labels_may_be_coded_and_coloured(tmp_path: Path, layout: Any) -> None:
+    plain = Dataset.open(layout(tmp_path / "plain"))
+    more = {"codings": {"near": {"type": {"value": "10200004", "meaning": "Liver"}}}, "colours": {"far": [1, 2, 3]}}
+    dataset = Dataset.open(layout(tmp_path / "more", **more))
+    assert dataset.labels.codings == {"near": Coding(type=Code(value="10200004", meaning="Liver", scheme="SCT"))}
+    assert dataset.labels.colours == {"far": (1, 2, 3)}
+    assert dataset.digest() == plain.digest()  # nothing is to be measured or trained anew for a colour
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"codings": {"nearer": {"type": {"value": "1", "meaning": "x"}}}}, "nearer"),
+        ({"codings": {"near": {"type": {"value": "1", "meaning": "x"}, "side": "left"}}}, "codings.near.side"),
+        ({"codings": {"near": {}}}, "codings.near.type"),
+        ({"codings": ["near"]}, "codings"),
+        ({"colours": {"near": "red"}}, "colours.near"),
+        ({"colours": {"near": [1, 2, 256]}}, "0 to 255"),
         ({"labels": {}}, "no labels"),
         ({"labels": {"0": "background"}}, "at least one label"),
         ({"labels": {"1": "a", "2": "a"}}, "several values"),

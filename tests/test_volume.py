@@ -40,6 +40,15 @@ def test_codings_and_colours_are_of_labels() -> None:
             Labels.model_validate({"values": {"liver": 2}, **wrong})
 
 
+def test_labels_without_codings_are_kept_as_they_were_before_there_were_any() -> None:
+    old = {"values": {"liver": 2}, "regions": {}, "ignore": None}
+    assert Labels(values={"liver": 2}).model_dump(mode="json") == old
+    assert Labels.model_validate(old) == Labels(values={"liver": 2})
+    coded = Labels(values={"liver": 2}, codings={"liver": LIVER}, colours={"liver": (1, 2, 3)})
+    assert Labels.model_validate(coded.model_dump(mode="json")) == coded
+    assert coded.model_dump(exclude={"codings", "colours"}) == old
+
+
 def test_what_is_not_given_comes_from_the_name_and_the_place() -> None:
     labels = Labels(values={"organ": 9, "spleen": 4}, codings={"organ": LIVER}, colours={"spleen": (0, 0, 0)})
     assert labels.coding("organ") == LIVER
