@@ -9,22 +9,24 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 
-from medseg import io
-from medseg.cases import Shard, files_of, find_cases, mask_name, probability_name, require_apart
+from medseg import io, quality, stats
+from medseg.cases import MaskFormat, Shard, files_of, find_cases, mask_names, probability_name, require_apart
 from medseg.dataset import Case
 from medseg.errors import InputError, MedsegError
-from medseg.io import nifti
+from medseg.io import label_tables, nifti
+from medseg.io.dicom import Series
 from medseg.journal import Journal, Prediction, versions
 from medseg.memory import PeakMemory
 from medseg.predict import Predictor, Ready
 from medseg.progress import Progress, silent
-from medseg.records import digest_file, digest_of, replacing
+from medseg.records import Record, digest_file, digest_of, replacing
 from medseg.sliding_window import is_out_of_memory
 from medseg.volume import Mask, Volume
 
@@ -36,11 +38,39 @@ PATIENCE_SECONDS = 5.0
 """An interrupted batch waits so long for the mask that is being written."""
 
 
+class Outputs(Record):
+    """What is written of every case, and how.
+
+    Attributes:
+        formats: of the mask, each once.
+        seg_type: kind of a DICOM SEG; LABELMAP, which fewer viewers know, is smaller.
+        allow_uncoded: whether labels without a code of SNOMED CT may go into a DICOM SEG.
+    """
+
+    formats: tuple[MaskFormat, ...] = Field(default=("nii.gz",), min_length=1)
+    seg_type: Literal["binary", "labelmap"] = "binary"
+    allow_uncoded: bool = False
+
+    @field_validator("formats")
+    @classmethod
+    def _once(cls, formats: tuple[MaskFormat, ...]) -> tuple[MaskFormat, ...]:
+        return tuple(dict.fromkeys(formats))
+
+    @property
+    def key(self) -> list[str]:
+        """What files of one name depend on."""
+        return ["labelmap"] if "dicom-seg" in self.formats and self.seg_type == "labelmap" else []
+
+
+NIFTI = Outputs()
+
+
 def predict_folder(
     predictor: Predictor,
     places: Path | str | Sequence[Path | str],
     out: Path,
     *,
+    outputs: Outputs = NIFTI,
     shard: Shard | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -51,7 +81,9 @@ def predict_folder(
         InputError, DatasetError: as ``find_cases``.
     """
     cases = find_cases(*([places] if isinstance(places, Path | str) else places))
-    return predict_cases(predictor, cases, out, shard=shard, overwrite=overwrite, progress=progress)
+    return predict_cases(
+        predictor, cases, out, outputs=outputs, shard=shard, overwrite=overwrite, progress=progress
+    )
 
 
 def predict_cases(
@@ -59,11 +91,14 @@ def predict_cases(
     cases: Sequence[Case],
     out: Path,
     *,
+    outputs: Outputs = NIFTI,
     shard: Shard | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> list[Prediction]:
-    """Segment cases into a folder: one mask each, named by ``mask_name``, ``cases.csv`` and ``run.json``.
+    """Segment cases into a folder: the mask of each, named by ``mask_names``, ``cases.csv`` and ``run.json``.
+
+    Beside masks of volumes go tables of their labels for other programs, see ``medseg.io.label_tables``.
 
     While a case is on the network, the next is read and prepared and the one before written, where memory allows it.
 
@@ -75,6 +110,7 @@ def predict_cases(
         predictor: a model.
         cases: the images of all shards.
         out: folder; it may be shared by shards, which have a journal, a table and a run record each.
+        outputs: the formats of the masks.
         shard: which of the cases are this process's; None for all of them.
         overwrite: replace files that are not from here.
         progress: told how far it is, also within a case.
@@ -83,14 +119,21 @@ def predict_cases(
         One record a case, in the order of the cases.
 
     Raises:
-        InputError: the folder holds input images, or the network in 8 bits is not there and each shard would make one.
+        InputError: the folder holds input images; the network in 8 bits is not there and each shard would make one;
+            cases of DICOM have another number of series than the model channels; or a DICOM SEG is wanted of images
+            that are not DICOM, or of labels without codes.
         KeyboardInterrupt: passed on, after the mask that was being written and the tables.
         OSError: the tables cannot be written.
     """
     require_apart(cases, out)
+    _require_series(predictor, cases)
+    if "dicom-seg" in outputs.formats:
+        _require_dicom(predictor, cases, outputs)
     out.mkdir(parents=True, exist_ok=True)
+    if not all(io.is_picture(case.images[0]) for case in cases):
+        label_tables.write_labels(predictor.labels, out, predictor.package.manifest.name)
     own = shard.share(cases) if shard else list(cases)
-    return _Batch(predictor, own, out, shard, overwrite, progress).run()
+    return _Batch(predictor, own, out, outputs, shard, overwrite, progress).run()
 
 
 @dataclass
@@ -101,8 +144,10 @@ class _Work:
     input_digest: str = ""
     key: str = ""
     volume: Volume | None = None
+    sample: quality.Sample | None = None
     ready: Ready | None = None
     mask: Mask | None = None
+    margins: dict[str, float] = field(default_factory=dict)
     probabilities: nifti.Probabilities | None = None
     strategy: str = ""
     stages: dict[str, float] = field(default_factory=dict)
@@ -145,11 +190,12 @@ class _Batch:
         predictor: Predictor,
         cases: Sequence[Case],
         out: Path,
+        outputs: Outputs,
         shard: Shard | None,
         overwrite: bool,
         progress: Progress,
     ) -> None:
-        self.predictor, self.cases, self.out, self.shard = predictor, cases, out, shard
+        self.predictor, self.cases, self.out, self.outputs, self.shard = predictor, cases, out, outputs, shard
         self.overwrite, self.progress = overwrite, progress
         self.journal = Journal(out, shard)
         self.peaks = PeakMemory()
@@ -232,11 +278,12 @@ class _Batch:
         case = work.case
         _require_one_image(case)
         work.input_digest = _input_digest(case)
-        work.key = digest_of([self.model, work.input_digest])
-        work.record = self.journal.kept(case.id, work.key, self._files(case)[1:])
+        work.key = digest_of([self.model, work.input_digest, *self.outputs.key])
+        work.record = self.journal.kept(case.id, work.key, self._files(case))
         if work.record is None:
             self._require_free(case)
             work.volume = self.predictor.read(case.images)
+            work.sample = quality.Sample.of(work.volume.array)
 
     def _network(self, work: _Work, number: int, besides_mb: float) -> None:
         """From the image, or what was prepared of it, to the mask."""
@@ -255,7 +302,7 @@ class _Batch:
             self._report(number, note)
             if self.predictor.classes:
                 work.probabilities = self._probabilities(ready)
-            work.mask, strategy = self.predictor.infer(
+            work.mask, strategy, work.margins = self.predictor.infer(
                 ready,
                 work.probabilities.put if work.probabilities else None,
                 # not the whole: it is still to be written
@@ -293,22 +340,40 @@ class _Batch:
 
     def _written(self, work: _Work, mask: Mask, stack: contextlib.ExitStack) -> dict[str, Any]:
         """Write the files of a case under temporary names, and say what is in them."""
-        first, *more = self._files(work.case)
-        temporary = stack.enter_context(replacing(self.out / first))
-        digests = {}
-        for index, name in enumerate(more):
+        masks: dict[str, str] = {}
+        probabilities: dict[str, str] = {}
+        for form, name in zip(self.outputs.formats, self._masks(work.case), strict=True):
+            temporary = stack.enter_context(replacing(self.out / name))
+            io.write_mask(mask, temporary, **(self._seg_options() if form == "dicom-seg" else {}))
+            masks[name] = digest_file(temporary)
+        for index, name in enumerate(self._probability_files(work.case)):
             if work.probabilities is not None:
-                other = stack.enter_context(replacing(self.out / name))
-                work.probabilities.write(index, mask, other)
-                digests[name] = digest_file(other)
-        io.write_mask(mask, temporary)
+                temporary = stack.enter_context(replacing(self.out / name))
+                work.probabilities.write(index, mask, temporary)
+                probabilities[name] = digest_file(temporary)
+        first = next(iter(masks))
         return {
             "output": first,
-            "output_digest": digest_file(temporary),
-            "probability_digests": digests,
+            "output_digest": masks.pop(first),
+            "mask_digests": masks,
+            "probability_digests": probabilities,
             "volumes_ml": {name: round(ml, 4) for name, ml in mask.volumes_ml().items()},
+            "qc_flags": self._flags(work, mask),
             "warnings": mask.warnings,
         }
+
+    def _flags(self, work: _Work, mask: Mask) -> tuple[str, ...]:
+        """What is unusual about a mask; regions are looked at by the labels that they unite."""
+        package = self.predictor.package
+        medians = work.sample.medians(mask.array) if work.sample else ()
+        labels = package.plan.labels.model_copy(update={"regions": {}})
+        return quality.flags(
+            stats.measure(None, replace(mask, labels=labels)),
+            mask.geometry,
+            list(zip(package.plan.channels, medians, strict=bool(medians))),
+            work.margins,
+            package.manifest.ranges,
+        )
 
     def _record(self, work: _Work, **facts: Any) -> Prediction:
         return Prediction(
@@ -322,10 +387,26 @@ class _Batch:
             **facts,
         )
 
+    def _seg_options(self) -> dict[str, Any]:
+        """What a DICOM SEG says of its maker, and how it is written."""
+        package, outputs = self.predictor.package, self.outputs
+        return {
+            "kind": outputs.seg_type.upper(),
+            "allow_uncoded": outputs.allow_uncoded,
+            "model": package.manifest.name,
+            "version": package.digest[:12],
+            "dataset": package.manifest.name,
+        }
+
     def _files(self, case: Case) -> list[str]:
-        """Files of a case, relative to the folder: its mask, and one a class of probabilities."""
-        names = [probability_name(case.id, name) for _, name in self.predictor.classes]
-        return [mask_name(case), *names]
+        """Files of a case, relative to the folder: its mask in every format, and one a class of probabilities."""
+        return [*self._masks(case), *self._probability_files(case)]
+
+    def _masks(self, case: Case) -> tuple[str, ...]:
+        return mask_names(case, self.outputs.formats)
+
+    def _probability_files(self, case: Case) -> list[str]:
+        return [probability_name(case.id, name) for _, name in self.predictor.classes]
 
     def _require_free(self, case: Case) -> None:
         """Refuse to write where there is a file that is not from here, or no longer as it was written.
@@ -388,6 +469,7 @@ class _Batch:
             "engine": predictor.engine,
             "threads": torch.get_num_threads(),
             "settings": predictor.settings.model_dump(mode="json"),
+            "outputs": self.outputs.model_dump(mode="json"),
             "shard": f"{self.shard.index}/{self.shard.count}" if self.shard else None,
             "wall_seconds": round(time.monotonic() - self.begun, 1),
         }
@@ -440,14 +522,48 @@ class _Aside:
             del item
 
 
-def _input_digest(case: Case) -> str:
-    """Digest of the files of an image.
+def _require_series(predictor: Predictor, cases: Sequence[Case]) -> None:
+    """Refuse cases of DICOM none of which has a series a channel.
 
     Raises:
-        InputError: one cannot be read.
+        InputError: see above.
     """
+    channels = predictor.package.plan.channels
+    usable = [case for case in cases if isinstance(case.images[0], Series) and not case.images[0].reason]
+    counts = {len(case.images) for case in usable}
+    if counts and len(channels) not in counts:
+        expected = f"{len(channels)}, one a channel: {', '.join(channels)}"
+        found = f"picks {min(counts)} of a study"
+        raise InputError("--series", found, expected, "give --series once a channel, in this order")
+
+
+def _require_dicom(predictor: Predictor, cases: Sequence[Case], outputs: Outputs) -> None:
+    """Refuse DICOM SEG where it cannot be written.
+
+    Raises:
+        InputError: of images that are not DICOM, or of labels without codes that are not allowed.
+    """
+    where = "--format dicom-seg"
+    others = [case.id for case in cases if not io.is_dicom(case.images[0])]
+    if others:
+        remedy = "leave it out; `medseg convert` makes one of a mask and the series that it lies on"
+        raise InputError(where, f"{len(others)} of {len(cases)} images are no DICOM, as {others[0]}", "DICOM", remedy)
+    labels, name = predictor.labels, predictor.package.manifest.name
+    uncoded = [label for label in labels.names if labels.coding(label, name) is None]
+    if uncoded and not outputs.allow_uncoded:
+        remedy = 'name it as a structure that SNOMED CT has, put "codings" into dataset.json, or use --allow-uncoded'
+        raise InputError(where, f"has no code for {', '.join(uncoded)}", "a code for every label", remedy)
+
+
+def _input_digest(case: Case) -> str:
+    """Digest of the files of an image; of a DICOM series also of which it is, as a zip may hold several.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    which = [[one.uid, one.part, one.irregular, one.reason] for one in case.images if isinstance(one, Series)]
     try:
-        return digest_of([digest_file(path) for path in files_of(case)])
+        return digest_of([*(digest_file(path) for path in files_of(case)), *which])
     except OSError as failure:
         path, remedy = failure.filename or case.id, "correct the path in the list, or the rights of the file"
         raise InputError(path, f"cannot be read: {failure.strerror}", "an image", remedy) from None
@@ -455,9 +571,13 @@ def _input_digest(case: Case) -> str:
 
 def _require_one_image(case: Case) -> None:
     """Refuse ``a.nii`` beside ``a.nii.gz``: two images, or one in two formats, and nothing says which is meant."""
-    if len({(path.parent, io.name_of(path)) for path in case.images}) < len(case.images):
-        names = " and ".join(path.name for path in case.images)
-        raise InputError(case.id, f"is the name of several images: {names}", "one image a case", "rename or remove one")
+    names = {(source.place if isinstance(source, Series) else source.parent, io.name_of(source)) for source in case.images}
+    if len(names) == len(case.images):
+        return
+    if any(isinstance(source, Series) for source in case.images):
+        raise InputError(case.id, "has one series for several channels", "another series each", "name them by --series")
+    found = f"is the name of several images: {' and '.join(path.name for path in case.paths)}"
+    raise InputError(case.id, found, "one image a case", "rename or remove one")
 
 
 def _is_image(path: Path) -> bool:

@@ -15,11 +15,12 @@ import logging
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import medseg
+from medseg import quality
 from medseg.cases import Shard
 from medseg.errors import InputError
 from medseg.records import Record, digest_file, write_bytes, write_json
@@ -44,8 +45,10 @@ class Prediction(Record):
         strategy: how memory was used, in words.
         volumes_ml: volume of each class, and of each region.
         warnings: what was odd about the input.
+        qc_flags: what is unusual about the mask, see ``medseg.quality``.
         key, input_digest, output_digest: SHA-256 of all that it was made from, of the image's files alone, and of the
             mask's file.
+        mask_digests: file -> SHA-256, of the mask in further formats.
         probability_digests: file -> SHA-256, of the probabilities that were asked for.
     """
 
@@ -59,15 +62,19 @@ class Prediction(Record):
     strategy: str = ""
     volumes_ml: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
+    qc_flags: tuple[str, ...] = ()
     key: str = ""
     input_digest: str = ""
     output_digest: str = ""
+    mask_digests: dict[str, str] = {}
     probability_digests: dict[str, str] = {}
 
     @property
     def files(self) -> dict[str, str]:
         """Every file of the case, relative to the folder, with its digest."""
-        return {self.output: self.output_digest, **self.probability_digests} if self.output else {}
+        if not self.output:
+            return {}
+        return {self.output: self.output_digest, **self.mask_digests, **self.probability_digests}
 
 
 class Journal:
@@ -94,22 +101,21 @@ class Journal:
             for record in _read_lines(path):
                 self._past.setdefault(record.case, []).append(record)
 
-    def kept(self, case: str, key: str, probabilities: Iterable[str] = ()) -> Prediction | None:
+    def kept(self, case: str, key: str, files: Sequence[str] = ()) -> Prediction | None:
         """The record of a case that was made from what the key stands for, where its files are as they were written.
 
         Args:
             case: id.
             key: digest of input, model and settings.
-            probabilities: files that are wanted beside the mask.
+            files: that are wanted, a mask first; none for the mask alone.
         """
-        wanted = set(probabilities)
         for record in reversed(self._past.get(case, [])):
-            digests = record.probability_digests
-            if record.key != key or not record.output or not wanted <= set(digests):
+            digests, wanted = record.files, files or (record.output,)
+            if record.key != key or not set(wanted) <= set(digests):
                 continue
-            files = {record.output: record.output_digest, **{name: digests[name] for name in wanted}}
-            if all(_is(self.out / name, digest) for name, digest in files.items()):
-                return record.model_copy(update={"status": "kept"})
+            if all(_is(self.out / name, digests[name]) for name in wanted):
+                first = {"output": wanted[0], "output_digest": digests[wanted[0]]}
+                return record.model_copy(update={"status": "kept", **first})
         return None
 
     def wrote(self, case: str, file: str) -> bool:
@@ -160,13 +166,14 @@ class Journal:
             "peak_memory_mb",
             "strategy",
         ]
-        table.writerow([*head, *(f"{name}_ml" for name in names), "warnings", "reason"])
+        table.writerow([*head, *(f"{name}_ml" for name in names), "qc_flags", "warnings", "reason"])
         results = [self.results[case] for case in sorted(self.results)]
         for r in results:
             memory = "" if r.peak_memory_mb is None else r.peak_memory_mb
             row = [r.case, r.status, r.output, r.seconds, *(r.stages.get(stage, "") for stage in STAGES)]
             volumes = [r.volumes_ml.get(name, "") for name in names]
-            table.writerow([*row, memory, r.strategy, *volumes, "; ".join(r.warnings), " ".join(r.reason.split())])
+            notes = [";".join(r.qc_flags), "; ".join(r.warnings), " ".join(r.reason.split())]
+            table.writerow([*row, memory, r.strategy, *volumes, *notes])
         # a file name may hold bytes that are no text
         write_bytes(self.table, text.getvalue().encode("utf-8", "backslashreplace"))
         states = Counter(r.status for r in results)
@@ -180,7 +187,8 @@ class Journal:
             "peak_memory_mb": max((r.peak_memory_mb for r in done if r.peak_memory_mb is not None), default=None),
             "strategies": dict(Counter(r.strategy for r in done)),
         }
-        write_json(self.run, {"notice": "Research software, not a medical device.", **facts, **totals})
+        notices = {"notice": "Research software, not a medical device.", "qc_notice": quality.NOTICE}
+        write_json(self.run, {**notices, **facts, **totals})
 
 
 def versions() -> dict[str, str]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from medseg.errors import InputError, PackageError, PlanError
 from medseg.networks import build_network
 from medseg.plan import Configuration, ConfigurationName, Plan
+from medseg.quality import Ranges
 from medseg.records import Record, digest_of, replacing, write_bytes, write_text
 
 R = TypeVar("R", bound=Record)
@@ -68,6 +69,7 @@ class Manifest(Record):
         files: name -> SHA-256 of plan and weights.
         versions: of medseg and the libraries that trained it.
         licence, intended_use: said on the card too.
+        ranges: what the training cases are like, by which predicted ones are judged; None where that is not known.
         notes: what else whoever uses the model should know; on the card too.
         previous: of the earlier stage of a cascade, whose files are in the same package.
     """
@@ -80,6 +82,7 @@ class Manifest(Record):
     versions: dict[str, str]
     licence: str = "as the training data"
     intended_use: str = "Research. Not a medical device."
+    ranges: Ranges | None = None
     notes: tuple[str, ...] = ()
     previous: Manifest | None = None
 
@@ -152,13 +155,14 @@ def save_package(
     folds: Mapping[int, FoldRecord],
     weights: Mapping[int, bytes],
     versions: Mapping[str, str],
+    ranges: Ranges | None = None,
 ) -> Manifest:
     """Write a package; ``weights`` are safetensors files as bytes, one fold at least.
 
     The manifest comes last: until then a package that was in the folder before stays valid, and a crash leaves it so.
     A fold's Dice is that of its record, or else the one that was noted in the folder for the same weights.
     """
-    said = {"name": name, "configuration": configuration, "folds": folds, "versions": versions}
+    said = {"name": name, "configuration": configuration, "folds": folds, "versions": versions, "ranges": ranges}
     return _written(folder, plan, *_packed_stage(Manifest(plan="", files={}, **said), plan, weights))
 
 

@@ -32,6 +32,7 @@ from medseg.plan import ConfigurationName, Plan
 from medseg.planning import make_plan, override_plan
 from medseg.predict import Predictor, PredictSettings
 from medseg.progress import Progress, silent
+from medseg.quality import Ranges, ranges_of
 from medseg.records import Record, digest_file, digest_of, read_json, write_json, write_text
 from medseg.report import markdown_summary, save_curve
 from medseg.train import LOG, WEIGHTS, Job, TrainSettings, precision_of, refuse_impossible, train_fold
@@ -255,8 +256,20 @@ def train_station(
         weights[number] = (folder / WEIGHTS).read_bytes()
         if _is_newer(folder / LOG, folder / "curve.png"):
             save_curve(folder / LOG, folder / "curve.png")
-    save_package(out / "package", data.name, plan, name, records, weights, versions())
+    save_package(out / "package", data.name, plan, name, records, weights, versions(), _ranges(out, plan))
     return records
+
+
+def _ranges(out: Path, plan: Plan) -> Ranges | None:
+    """What the training cases are like, where the fingerprint that the plan was made from is there."""
+    try:
+        fingerprint = Fingerprint.load(out / "fingerprint.json")
+    except InputError:
+        fingerprint = None
+    if fingerprint is None or fingerprint.digest() != plan.fingerprint_digest:
+        log.warning("fingerprint.json is not the plan's: predicted cases will not be compared with the training data")
+        return None
+    return ranges_of(fingerprint)
 
 
 def _is_newer(source: Path, picture: Path) -> bool:

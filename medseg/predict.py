@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from medseg.postprocess import keep_largest
 from medseg.preprocess import Prepared, Probabilities, prepare, restore
 from medseg.records import Record, digest_of
 from medseg.resample import Place, Slab
-from medseg.sliding_window import is_out_of_memory, slabs
+from medseg.sliding_window import Margins, is_out_of_memory, slabs
 from medseg.volume import Mask, Volume
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,21 @@ class Ready:
 
     prepared: Prepared
     source: Volume
+
+
+class Found(NamedTuple):
+    """What the network made of a case.
+
+    Attributes:
+        mask: on the grid of the image.
+        strategy: how its logits were summed.
+        margins: by name, of each class (or region) that it found somewhere, how sure it is there, 0 to 1: the mean of
+            ``medseg.sliding_window.Margins`` on the plan grid, before pieces are removed.
+    """
+
+    mask: Mask
+    strategy: Strategy
+    margins: dict[str, float]
 
 
 class Predictor:
@@ -118,8 +133,7 @@ class Predictor:
             InputError: the image cannot be used, or needs more memory than there is; with the reason.
         """
         if paths := _paths(image):
-            mask, _ = self.infer(self.prepare(self.read(paths)))  # its voxels are gone when the network runs
-            return mask
+            return self.infer(self.prepare(self.read(paths))).mask  # its voxels are gone when the network runs
         return self.segment(_to_volume(image, len(self.package.plan.channels)))
 
     def read(self, paths: Sequence[Path]) -> Volume:
@@ -135,8 +149,7 @@ class Predictor:
     def segment(self, volume: Volume, besides_mb: float = 0.0) -> Mask:
         """Segment a Volume, which whoever calls holds meanwhile; see ``__call__``, and ``infer`` for ``besides_mb``."""
         held_mb = besides_mb + volume.array.nbytes / 2**20
-        mask, _ = self.infer(self.prepare(volume, besides_mb), besides_mb=held_mb)
-        return mask
+        return self.infer(self.prepare(volume, besides_mb), besides_mb=held_mb).mask
 
     def prepare(self, volume: Volume, besides_mb: float = 0.0) -> Ready:
         """Bring an image to the plan grid, in a cascade with the mask of the earlier model, which is made first.
@@ -156,7 +169,7 @@ class Predictor:
         probabilities: Probabilities | None = None,
         report: Callable[[float], None] = lambda fraction: None,
         besides_mb: float = 0.0,
-    ) -> tuple[Mask, Strategy]:
+    ) -> Found:
         """Run the network over a prepared image, and make the mask.
 
         Where memory does not suffice after all, it is tried once more with the next strategy that takes less.
@@ -169,7 +182,7 @@ class Predictor:
             besides_mb: memory that other cases hold meanwhile.
 
         Returns:
-            The mask, and how its logits were summed.
+            The mask, how its logits were summed, and how sure the network is.
 
         Raises:
             InputError: no strategy fits into memory.
@@ -178,7 +191,7 @@ class Predictor:
             self.calibrate(ready)
         strategy, *less = self.budget(ready, besides_mb).strategies
         try:
-            return self._mask(ready, strategy, probabilities, report), strategy
+            return self._found(ready, strategy, probabilities, report)
         except Exception as failure:  # of ONNX Runtime: of its own kinds
             if not less or not is_out_of_memory(failure):
                 raise
@@ -186,7 +199,7 @@ class Predictor:
         gc.collect()  # the frames of the failure hold its arrays
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return self._mask(ready, less[0], probabilities, report), less[0]
+        return self._found(ready, less[0], probabilities, report)
 
     def budget(self, ready: Ready, besides_mb: float = 0.0) -> Budget:
         """What the network will take of the memory that there is, and how.
@@ -262,9 +275,9 @@ class Predictor:
             for network, one in zip(networks, small, strict=True)
         ]
 
-    def _mask(
+    def _found(
         self, ready: Ready, strategy: Strategy, probabilities: Probabilities | None, report: Callable[[float], None]
-    ) -> Mask:
+    ) -> Found:
         plan, setup, trace = self.package.plan, self.package.configuration, ready.prepared.trace
         finished = slabs(
             self._networks,
@@ -283,11 +296,14 @@ class Predictor:
             def taker(place: Place, values: NDArray[np.float32]) -> None:
                 probabilities(place, values[channels])
 
-        array = restore(_counted(finished, trace.plan_shape, report), trace, plan, taker)
+        margins = Margins(plan.outputs, regions=bool(plan.region_order))
+        watched = margins.watch(finished, trace.plan_shape)
+        array = restore(_counted(watched, trace.plan_shape, report), trace, plan, taker)
         if plan.keep_largest:
             array = keep_largest(array, plan.keep_largest)
-        source = ready.source
-        return Mask(array, source.geometry, plan.labels, source.paths, source.header, source.warnings)
+        source, names = ready.source, dict(_channels(self.package))
+        mask = Mask(array, source.geometry, plan.labels, source.paths, source.header, source.warnings)
+        return Found(mask, strategy, {names[channel]: mean for channel, mean in margins.means.items()})
 
 
 def load(package: Path | str, **settings: Any) -> Predictor:
@@ -306,15 +322,20 @@ def _classes(package: ModelPackage, names: Sequence[str]) -> tuple[tuple[int, st
     Raises:
         InputError: there is none of a name, or two would have files of one name.
     """
-    labels = package.plan.labels
-    known = tuple(labels.regions) if package.plan.region_order else labels.names
-    first = 0 if package.plan.region_order else 1  # before it the background
+    channels = _channels(package)
+    known = [name for _, name in channels]
     chosen = known if tuple(names) == ("all",) else [name for name in known if name in names]
     if unknown := sorted({*names} - {*chosen, "all"}):
         raise InputError("--probabilities", f"the model has no {', '.join(unknown)}", f"all, {', '.join(known)}")
     if len({probability_name("", name) for name in chosen}) < len(chosen):
         raise InputError("--probabilities", f"{', '.join(chosen)} cannot name files", "names that differ in letters")
-    return tuple((known.index(name) + first, name) for name in chosen)
+    return tuple((channel, name) for channel, name in channels if name in chosen)
+
+
+def _channels(package: ModelPackage) -> tuple[tuple[int, str], ...]:
+    """Every channel of the network but the background's, and its name: of a class, or of a region."""
+    plan = package.plan
+    return tuple(enumerate(plan.labels.regions)) if plan.region_order else tuple(enumerate(plan.labels.names, start=1))
 
 
 def _counted(finished: Iterable[Slab], plan_shape: Sequence[int], report: Callable[[float], None]) -> Iterator[Slab]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medseg.errors import InputError
-from medseg.resample import Slab
+from medseg.resample import CHUNK_BYTES, Slab
 
 Network = Callable[[Tensor], Tensor]
 Span = tuple[int, int]
@@ -139,6 +139,52 @@ def roll(
             for n in range(0, len(corners), batch_size):
                 buffer.add(corners[n : n + batch_size], tiles(corners[n : n + batch_size]))
             yield Slab(axis, first, end, rows, buffer.finished(end - first))
+
+
+class Margins:
+    """How sure a network is where it finds something, summed while slabs pass.
+
+    The margin of a voxel is p1 - p2, the two largest of its softmax; it belongs to the class that wins, and background
+    has none. Of regions it is |2 p - 1| = tanh(logit / 2) wherever a region is positive. 0: a tie; 1: no doubt. At the
+    most ``CHUNK_BYTES`` of logits, or one row of them, are looked at at once.
+
+    Args:
+        classes: with the background, or number of regions.
+        regions: whether logits are of regions.
+    """
+
+    def __init__(self, classes: int, *, regions: bool) -> None:
+        self._regions = regions
+        self._sums, self._counts = np.zeros(classes), np.zeros(classes, dtype=np.int64)
+
+    def watch(self, finished: Iterable[Slab], shape: Sequence[int]) -> Iterator[Slab]:
+        """The slabs of an array of ``shape`` as they are; a row that two of them share is counted once."""
+        for slab in finished:
+            is_last = slab.rows[1] >= shape[_across(slab.axis)[0]]
+            self._add(slab.logits if is_last else slab.logits[:, :-1])
+            yield slab
+
+    @property
+    def means(self) -> dict[int, float]:
+        """The mean margin by channel, of channels that win somewhere."""
+        return {int(n): float(self._sums[n] / self._counts[n]) for n in np.flatnonzero(self._counts)}
+
+    @torch.inference_mode()
+    def _add(self, logits: Tensor) -> None:
+        plane = max(1, 4 * logits[0].numel())
+        planes = max(1, CHUNK_BYTES // plane)
+        rows = max(1, CHUNK_BYTES * logits.shape[1] // plane)
+        for part in (part for some in torch.split(logits, planes) for part in torch.split(some, rows, 1)):
+            if self._regions:
+                self._sums += (part.clamp(min=0) / 2).tanh().sum((0, 1, 2)).cpu().numpy()
+                self._counts += (part > 0).sum((0, 1, 2)).cpu().numpy()
+                continue
+            odds = part[part[..., 1:].amax(-1) > part[..., 0]].softmax(-1)
+            first, winners = odds.max(-1)
+            margins = first - odds.scatter_(1, winners[:, None], 0).amax(-1)
+            numbers, weights = winners.cpu().numpy(), margins.cpu().numpy()
+            self._sums += np.bincount(numbers, weights, len(self._sums))
+            self._counts += np.bincount(numbers, minlength=len(self._counts))
 
 
 def tile_starts(size: int, patch: int, overlap: float) -> list[int]:

@@ -82,6 +82,19 @@ def test_lines_that_are_torn_foreign_or_of_another_version_are_passed_over(tmp_p
     assert Journal(tmp_path).kept("b", "k") is not None
 
 
+def test_a_kept_case_has_the_flags_of_its_record_and_an_old_record_has_none(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    first.add(written(tmp_path, "a", qc_flags=FLAGS))
+    first.add(written(tmp_path, "b"))
+    line, of_today = first.path.read_text().splitlines()
+    old = of_today.replace('"qc_flags": [], ', "")
+    assert "qc_flags" not in old
+    first.path.write_text(f"{line}\n{old}\n")
+    found = Journal(tmp_path)
+    kept = [found.kept(case, "k") for case in "ab"]
+    assert [record and (record.status, record.qc_flags) for record in kept] == [("kept", FLAGS), ("kept", ())]
+
+
 def test_shards_write_files_of_their_own_and_read_those_of_all(tmp_path: Path) -> None:
     for index, case in ((1, "a"), (2, "b")):
         made = Journal(tmp_path, Shard(index, 2))
@@ -96,6 +109,7 @@ def test_shards_write_files_of_their_own_and_read_those_of_all(tmp_path: Path) -
     assert alone.path.name == "journal.jsonl"
 
 
+FLAGS = ("empty:lesion", "touches_border:organ:left+superior")
 FILES = (("journal", "cases", "run"), (".jsonl", ".csv", ".json"))
 
 
@@ -103,7 +117,7 @@ def test_the_tables_say_what_became_of_every_case(tmp_path: Path) -> None:
     made = Journal(tmp_path)
     stages = {"read": 0.5, "prepare": 1.0, "network": 4.0, "write": 0.25}
     facts = {"seconds": 5.75, "stages": stages, "peak_memory_mb": 900.5, "strategy": "summed on the host"}
-    made.results["b"] = written(tmp_path, "b", volumes_ml={"organ": 2.0}, warnings=("odd", "strange"), **facts)
+    made.results["b"] = written(tmp_path, "b", volumes_ml={"organ": 2.0}, warnings=("odd", "strange"), qc_flags=FLAGS, **facts)
     made.results["a"] = Prediction(case="a", status="failed", reason="line one\nline two")
     made.write_tables(["organ", "whole"], 5, {"model": "phantom"})
     with made.table.open(newline="") as file:
@@ -121,6 +135,7 @@ def test_the_tables_say_what_became_of_every_case(tmp_path: Path) -> None:
         "strategy": "summed on the host",
         "organ_ml": "2.0",
         "whole_ml": "",
+        "qc_flags": "empty:lesion;touches_border:organ:left+superior",
         "warnings": "odd; strange",
         "reason": "",
     }
@@ -131,6 +146,7 @@ def test_the_tables_say_what_became_of_every_case(tmp_path: Path) -> None:
     assert run["seconds"] == stages
     assert (run["peak_memory_mb"], run["strategies"]) == (900.5, {"summed on the host": 1})
     assert "not a medical device" in run["notice"]
+    assert "heuristics" in run["qc_notice"]
 
 
 def test_tables_of_nothing(tmp_path: Path) -> None:
