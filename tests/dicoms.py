@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     UID,
     CTImageStorage,
@@ -19,6 +21,10 @@ from pydicom.uid import (
     EnhancedMRImageStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLSLossless,
     MRImageStorage,
     PositronEmissionTomographyImageStorage,
     RLELossless,
@@ -31,6 +37,12 @@ Change = Callable[[Dataset, int], object]
 
 CLASSIC = {"CT": CTImageStorage, "MR": MRImageStorage, "PT": PositronEmissionTomographyImageStorage}
 ENHANCED = {"CT": EnhancedCTImageStorage, "MR": EnhancedMRImageStorage}
+ENCODERS: dict[str, Callable[[NDArray[Any]], bytes]] = {
+    JPEGLossless: lambda frame: imagecodecs.ljpeg_encode(_unsigned(frame)),
+    JPEGLSLossless: lambda frame: imagecodecs.jpegls_encode(_unsigned(frame)),
+    JPEG2000Lossless: lambda frame: imagecodecs.jpeg2k_encode(frame, level=0, reversible=True, codecformat="j2k"),
+    HTJ2KLossless: lambda frame: imagecodecs.htj2k_encode(frame, reversible=True),
+}
 MARKED = """
     AccessionNumber AdditionalPatientHistory AcquisitionDeviceProcessingDescription CurrentPatientLocation
     DerivationDescription DeviceSerialNumber EthnicGroup ImageComments InstitutionAddress InstitutionName
@@ -77,8 +89,7 @@ def write_series(
         modality: CT, MR or PT.
         slope: of rescaling; one, or one a slice.
         intercept: likewise.
-        syntax: UID of the transfer syntax: native ones, deflated, and those that pydicom has an encoder
-            for (JPEG 2000 from 32 x 32 on).
+        syntax: UID of the transfer syntax: native ones, deflated, RLE, and those of ``ENCODERS``.
         uid: of the series.
         study_uid: of the study.
         marker: text, 16 characters at most, for every name, id and free-text field.
@@ -249,6 +260,10 @@ def _item(fill: Callable[..., None], *arguments: object) -> Dataset:
     item = Dataset()
     fill(item, *arguments)
     return item
+
+
+def _unsigned(frame: NDArray[Any]) -> NDArray[Any]:
+    return frame.view(frame.dtype.str.replace("i", "u"))
 
 
 def _ds(value: object) -> DS:
@@ -487,9 +502,17 @@ def _pixels(dataset: Dataset, array: NDArray[Any], syntax: str) -> None:
     dataset["PixelData"].VR = "OB" if frames.itemsize == 1 else "OW"
     if UID(syntax).is_compressed and not UID(syntax).is_deflated:
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        plugin = "pydicom" if syntax == RLELossless else ""  # GDCM ends the process at rows of odd length
-        dataset.compress(UID(syntax), encoding_plugin=plugin, generate_instance_uid=False)
+        _compress(dataset, frames, syntax)
     dataset.file_meta.TransferSyntaxUID = UID(syntax)
+
+
+def _compress(dataset: Dataset, frames: NDArray[Any], syntax: str) -> None:
+    """Compress the pixels of a data set, losslessly; values keep their sign where the codec knows of it."""
+    if syntax == RLELossless:
+        dataset.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+        return
+    dataset.PixelData = encapsulate([ENCODERS[UID(syntax)](frame) for frame in frames])
+    dataset["PixelData"].is_undefined_length = True
 
 
 def _saved(dataset: Dataset, path: Path) -> Path:
