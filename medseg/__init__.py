@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers; at run time __getattr__ brings them
     from medseg.errors import MedsegError
+    from medseg.io import series
     from medseg.pipeline import run
     from medseg.predict import load
     from medseg.segmenter import Segmenter
@@ -16,10 +17,11 @@ __version__ = "0.1.0"
 _PLACES = {
     "load": "medseg.predict",
     "run": "medseg.pipeline",
+    "series": "medseg.io",
     "MedsegError": "medseg.errors",
     "Segmenter": "medseg.segmenter",
 }
-__all__ = ["MedsegError", "Segmenter", "__version__", "load", "run"]
+__all__ = ["MedsegError", "Segmenter", "__version__", "load", "run", "series"]
 
 
 def __getattr__(name: str) -> Any:

@@ -81,9 +81,7 @@ def predict_folder(
         InputError, DatasetError: as ``find_cases``.
     """
     cases = find_cases(*([places] if isinstance(places, Path | str) else places))
-    return predict_cases(
-        predictor, cases, out, outputs=outputs, shard=shard, overwrite=overwrite, progress=progress
-    )
+    return predict_cases(predictor, cases, out, outputs=outputs, shard=shard, overwrite=overwrite, progress=progress)
 
 
 def predict_cases(
@@ -571,7 +569,7 @@ def _input_digest(case: Case) -> str:
 
 def _require_one_image(case: Case) -> None:
     """Refuse ``a.nii`` beside ``a.nii.gz``: two images, or one in two formats, and nothing says which is meant."""
-    names = {(source.place if isinstance(source, Series) else source.parent, io.name_of(source)) for source in case.images}
+    names = {(path.parent, io.name_of(source)) for path, source in zip(case.paths, case.images, strict=True)}
     if len(names) == len(case.images):
         return
     if any(isinstance(source, Series) for source in case.images):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 from medseg import io
 from medseg.dataset import Case, Dataset
@@ -18,7 +19,8 @@ from medseg.io.dicom import Series
 
 log = logging.getLogger(__name__)
 
-MASK_FORMATS = ("nii.gz", "dicom-seg", "seg.nrrd", "nrrd", "mha")
+MaskFormat = Literal["nii.gz", "dicom-seg", "seg.nrrd", "nrrd", "mha"]
+MASK_FORMATS: tuple[MaskFormat, ...] = get_args(MaskFormat)
 """What masks can be written as."""
 _ENDINGS = {"dicom-seg": "dcm"}
 _CHANNEL_FILE = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")

@@ -90,6 +90,7 @@ class Estimator:
         earlier: of a cascade, what its first model takes.
         most_mb: what the process may take, all in all; None for what it has and is free.
         baseline_mb: what the process takes at rest.
+        resamples_channels: whether channels are brought to the grid of the first.
     """
 
     plan: Plan
@@ -100,6 +101,7 @@ class Estimator:
     most_mb: float | None
     baseline_mb: float
     earlier: Estimator | None = None
+    resamples_channels: bool = False
 
     @property
     def strategies(self) -> list[Strategy]:
@@ -176,33 +178,35 @@ class Estimator:
             return False
         return alone.needed_mb + besides_mb <= alone.limit_mb
 
-    def preparing_mb(self, paths: Sequence[Path]) -> float:
-        """What reading and preparing an image will take, MB, by its header, or of other formats than NIfTI by its size.
+    def preparing_mb(self, sources: Sequence[io.Source]) -> float:
+        """What reading and preparing an image will take, MB: by the headers of NIfTI and DICOM, else by its size.
 
         0 where it cannot be read: that takes no memory.
         """
         try:
-            known = self._preparing_mb(paths)
-            return 2 * _COMPRESSED * sum(path.stat().st_size for path in paths) / _MB if known is None else known
+            known = self._preparing_mb(sources)
+            files = [source for source in sources if isinstance(source, Path)]  # where the headers do not tell: all
+            return 2 * _COMPRESSED * sum(path.stat().st_size for path in files) / _MB if known is None else known
         except (MedsegError, OSError):
             return 0.0
 
-    def require_room(self, paths: Sequence[Path]) -> None:
+    def require_room(self, sources: Sequence[io.Source]) -> None:
         """Refuse to read an image that takes more than there is, where its header says so.
 
         Raises:
             InputError: reading or preparing it takes too much; or the header cannot be used.
         """
-        limit, known = self.limit_mb(), self._preparing_mb(paths)
+        limit, known = self.limit_mb(), self._preparing_mb(sources)
         if known is not None and self.baseline_mb + known > limit:
             found = f"needs about {(self.baseline_mb + known) / 1024:.1f} GB of memory to be read and prepared"
-            raise InputError(io.name_of(paths[0]), found, f"{limit / 1024:.1f} GB", _REMEDY)
+            raise InputError(io.name_of(sources[0]), found, f"{limit / 1024:.1f} GB", _REMEDY)
 
-    def _preparing_mb(self, paths: Sequence[Path]) -> float | None:
-        source = io.outline(paths)
+    def _preparing_mb(self, sources: Sequence[io.Source]) -> float | None:
+        source = io.outline(sources)
         if source is None:
             return None
-        reading = io.reading_bytes(paths) / _MB + _CHUNKS_MB
+        resampled = 4 * source.array.size if self.resamples_channels and len(sources) > 1 else 0
+        reading = (io.reading_bytes(sources) + resampled) / _MB + _CHUNKS_MB
         return max(reading, self.need(source, self.strategies[0]).preparing)
 
     def limit_mb(self) -> float:

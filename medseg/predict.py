@@ -31,14 +31,15 @@ from medseg.engines import (
     tiles_of,
 )
 from medseg.errors import InputError
+from medseg.io.dicom import Series
 from medseg.memory import Budget, Estimator, Strategy, resident_mb
 from medseg.package import ModelPackage, load_package
 from medseg.postprocess import keep_largest
-from medseg.preprocess import Prepared, Probabilities, prepare, restore
+from medseg.preprocess import Prepared, Probabilities, on_grid, prepare, restore
 from medseg.records import Record, digest_of
 from medseg.resample import Place, Slab
 from medseg.sliding_window import Margins, is_out_of_memory, slabs
-from medseg.volume import Mask, Volume
+from medseg.volume import Labels, Mask, Volume
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class PredictSettings(Record):
         memory_limit_mb: what the process may take, all in all; None for what is free.
         probabilities: names of the classes (of a model of regions: regions) whose probabilities are written too;
             ``("all",)`` for all of them.
+        resample_channels: bring the channels of an image to the grid of the first, where they lie on several.
     """
 
     device: str = "auto"
@@ -64,6 +66,7 @@ class PredictSettings(Record):
     precision: str = "32"
     memory_limit_mb: float | None = Field(default=None, gt=0)
     probabilities: tuple[str, ...] = ()
+    resample_channels: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ class Found(NamedTuple):
 class Predictor:
     """A model in memory: call it with image after image. Spawns no process and prints nothing.
 
+    Attributes:
+        labels: of its masks, with the codes that are known of them.
+
     Raises:
         InputError: the device, engine or precision is not there, or there is no class of a name in ``probabilities``.
     """
@@ -103,6 +109,7 @@ class Predictor:
         self.engine = default_engine(self.device) if self.settings.engine == "auto" else self.settings.engine
         check_engine(self.engine, self.device, self.settings.precision)
         self.classes = _classes(package, self.settings.probabilities)
+        self.labels = _coded(package.plan.labels, package.manifest.name)
         self._small = self._kept()
         self._networks: list[Engine] = [] if self.engine == "openvino-int8" and not self._small else self._build()
         earlier = self.settings.model_copy(update={"probabilities": ()})
@@ -116,15 +123,17 @@ class Predictor:
             most_mb=self.settings.memory_limit_mb,
             baseline_mb=resident_mb(),
             earlier=self._earlier.memory if self._earlier else None,
+            resamples_channels=self.settings.resample_channels,
         )
 
     def __call__(self, image: Any) -> Mask:
         """Segment an image.
 
         Args:
-            image: a path (or a list of paths, one a channel), a nibabel image, a SimpleITK image, a MONAI MetaTensor
-                (C, I, J, K) with its affine, or a tuple (array, affine) with an array (I, J, K) or (C, I, J, K) and a
-                4x4 affine to RAS+ mm.
+            image: a path (of a file, or of a folder or zip with one DICOM series) or a DICOM series (see
+                ``medseg.series``), or a list of these, one a channel; a nibabel image, a SimpleITK image, a MONAI
+                MetaTensor (C, I, J, K) with its affine, or a tuple (array, affine) with an array (I, J, K) or
+                (C, I, J, K) and a 4x4 affine to RAS+ mm.
 
         Returns:
             The mask on the image's own grid, with label values as in the training data.
@@ -132,19 +141,24 @@ class Predictor:
         Raises:
             InputError: the image cannot be used, or needs more memory than there is; with the reason.
         """
-        if paths := _paths(image):
-            return self.infer(self.prepare(self.read(paths))).mask  # its voxels are gone when the network runs
+        if sources := _sources(image):
+            return self.infer(self.prepare(self.read(sources))).mask  # its voxels are gone when the network runs
         return self.segment(_to_volume(image, len(self.package.plan.channels)))
 
-    def read(self, paths: Sequence[Path]) -> Volume:
-        """Read an image of the model's channels from a file, or from one file a channel.
+    def read(self, sources: Sequence[io.Source]) -> Volume:
+        """Read an image of the model's channels from a file or DICOM series, or from one a channel.
 
         Raises:
             InputError: it needs more memory than there is, or has other channels.
-            UnreadableFile, GeometryMismatch: as ``medseg.io.read_volume``.
+            UnreadableFile, IncompleteSeries, GeometryMismatch: as ``medseg.io.read_volume``.
         """
-        self.memory.require_room(paths)
-        return io.read_volume(paths, len(self.package.plan.channels))
+        first, *others = located = tuple(io.located(source) for source in sources)
+        self.memory.require_room(located)
+        channels = len(self.package.plan.channels)
+        if not others or not self.settings.resample_channels:
+            return io.read_volume(located, channels)
+        volume = io.read_volume(first)
+        return io.joined([volume, *(on_grid(io.read_volume(other), volume.geometry) for other in others)], channels)
 
     def segment(self, volume: Volume, besides_mb: float = 0.0) -> Mask:
         """Segment a Volume, which whoever calls holds meanwhile; see ``__call__``, and ``infer`` for ``besides_mb``."""
@@ -241,6 +255,8 @@ class Predictor:
         settings, earlier = self.settings, self._earlier
         small = [network.digest for network in self._small]
         choices = [settings.mirror, settings.overlap, settings.precision, small, earlier.key if earlier else ""]
+        if settings.resample_channels:
+            choices.append("resample_channels")
         return digest_of([medseg.__version__, self.package.digest, choices])
 
     @property
@@ -302,7 +318,7 @@ class Predictor:
         if plan.keep_largest:
             array = keep_largest(array, plan.keep_largest)
         source, names = ready.source, dict(_channels(self.package))
-        mask = Mask(array, source.geometry, plan.labels, source.paths, source.header, source.warnings)
+        mask = Mask(array, source.geometry, self.labels, source.paths, source.header, source.warnings)
         return Found(mask, strategy, {names[channel]: mean for channel, mean in margins.means.items()})
 
 
@@ -314,6 +330,12 @@ def load(package: Path | str, **settings: Any) -> Predictor:
         InputError: the device is not there, or a setting does not exist.
     """
     return Predictor(load_package(Path(package)), PredictSettings.checked(settings, "medseg.load"))
+
+
+def _coded(labels: Labels, dataset: str) -> Labels:
+    """Labels with the codes that their names have in a dataset, so that whoever has the mask need not know of it."""
+    codings = {name: coding for name in labels.names if (coding := labels.coding(name, dataset))}
+    return labels.model_copy(update={"codings": codings})
 
 
 def _classes(package: ModelPackage, names: Sequence[str]) -> tuple[tuple[int, str], ...]:
@@ -350,10 +372,12 @@ def _counted(finished: Iterable[Slab], plan_shape: Sequence[int], report: Callab
         report(min(done / whole, 1.0))
 
 
-def _paths(image: Any) -> list[Path]:
-    """The files that an image is given as; none where it is something else."""
-    paths = image if isinstance(image, list) else [image]
-    return [Path(path) for path in paths] if all(isinstance(path, str | os.PathLike) for path in paths) else []
+def _sources(image: Any) -> list[io.Source]:
+    """The files and series that an image is given as; none where it is something else."""
+    sources = image if isinstance(image, list) else [image]
+    if not all(isinstance(source, str | os.PathLike | Series) for source in sources):
+        return []
+    return [source if isinstance(source, Series) else Path(source) for source in sources]
 
 
 def _to_volume(image: Any, channels: int) -> Volume:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from medseg import io
 from medseg.errors import GeometryMismatch, InputError
 from medseg.geometry import Box, Geometry, Reorientation
 from medseg.plan import Configuration, Normalisation, Plan
@@ -190,6 +191,22 @@ def restore(
     if grid is not oriented:
         _sample(whole, grid, oriented, 0, "constant", turn.apply(native))
     return native
+
+
+def on_grid(volume: Volume, grid: Geometry) -> Volume:
+    """An image on another grid, by where its voxels lie in the world: linear, beyond its own grid its minimum.
+
+    Returns:
+        Volume, float32; the image itself where it lies on the grid, else with a warning that says so.
+    """
+    if volume.geometry.close_to(grid):
+        return volume
+    result = np.empty((len(volume.array), *grid.shape), dtype=np.float32)
+    for channel, out in zip(volume.array, result, strict=True):
+        # "grid-constant": to the minimum within a voxel, so that rounding at the border is of no matter
+        _sample(channel, volume.geometry, grid, 1, "grid-constant", out, fill=float(channel.min()))
+    warning = f"{io.title(volume)} was resampled to the grid of the first channel"
+    return replace(volume, array=result, geometry=grid, warnings=(*volume.warnings, warning))
 
 
 def normalise(array: NDArray[Any], normalisation: tuple[Normalisation, ...]) -> Float32:
@@ -395,14 +412,20 @@ def _sampled(array: NDArray[Any], source: Geometry, target: Geometry, order: int
 
 
 def _sample(
-    array: NDArray[Any], source: Geometry, target: Geometry, order: int, outside: str, result: NDArray[Any]
+    array: NDArray[Any],
+    source: Geometry,
+    target: Geometry,
+    order: int,
+    outside: str,
+    result: NDArray[Any],
+    fill: float = 0.0,
 ) -> None:
     """Fill ``result`` with values of (I, J, K) of the source grid at the voxels of the target grid.
 
-    With an ``order`` of 0 or 1 scipy makes no array besides. ``outside`` is its mode.
+    With an ``order`` of 0 or 1 scipy makes no array besides. ``outside`` is its mode, ``fill`` what a constant is.
     """
     matrix = np.linalg.inv(source.affine) @ target.affine
-    ndimage.affine_transform(array, matrix[:3, :3], matrix[:3, 3], output=result, order=order, mode=outside)
+    ndimage.affine_transform(array, matrix[:3, :3], matrix[:3, 3], output=result, order=order, mode=outside, cval=fill)
 
 
 def _matrix(affine: NDArray[np.float64]) -> Matrix:

@@ -38,6 +38,14 @@ from medseg.pipeline import RunResult
 from medseg.predict import Predictor, PredictSettings
 from medseg.volume import Labels, Volume
 
+BESIDE = ("cases.csv", "dseg.tsv", "journal.jsonl", "labels.csv", "labels.txt", "run.json")
+"""What is in every output folder of volumes."""
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 # Pictures
 
 
@@ -166,7 +174,7 @@ def test_a_bad_case_is_recorded_with_its_reason_and_the_others_are_done(
     assert seen[-1] == ("predicting", 1.0, "b done (2 of 2)")
     assert [fraction for _, fraction, _ in seen] == sorted(fraction for _, fraction, _ in seen)
     assert [fraction for _, fraction, _ in seen].count(1.0) == 1
-    assert sorted(path.name for path in out.iterdir()) == ["b.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
+    assert names_in(out) == {"b.nii.gz", *BESIDE}
     with (out / "cases.csv").open(newline="") as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
     assert reason in rows["a"]["reason"]
@@ -210,7 +218,7 @@ def test_a_disk_that_is_full_leaves_no_part_of_a_mask(
     results = predict_cases(predictor, find_cases(images), out)
     assert statuses(results) == {"a": "failed", "b": "done"}
     assert "No space left" in results[0].reason
-    assert sorted(path.name for path in out.iterdir()) == ["b.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
+    assert names_in(out) == {"b.nii.gz", *BESIDE}
     monkeypatch.undo()
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "kept"}
 
@@ -239,7 +247,7 @@ def test_a_disk_that_fails_after_the_mask_is_whole_fails_the_case_alone(
     assert statuses(results) == {"a": "failed", "b": "done"}
     assert "OSError: [Errno" in results[0].reason
     assert results[0].peak_memory_mb
-    assert sorted(path.name for path in out.iterdir()) == ["b.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
+    assert names_in(out) == {"b.nii.gz", *BESIDE}
     monkeypatch.undo()
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "kept"}
 
@@ -443,7 +451,7 @@ def test_a_kill_around_the_line_in_the_journal_is_recovered_from(
     with pytest.raises(KeyboardInterrupt):
         predict_cases(predictor, find_cases(images), out)
     monkeypatch.undo()
-    assert sorted(path.name for path in out.iterdir() if path.name != "journal.jsonl") == ["cases.csv", "run.json"]
+    assert names_in(out) | {"journal.jsonl"} == {*BESIDE}
     assert json.loads((out / "run.json").read_text())["cases"]["open"] == 2
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "done"}
 
@@ -757,7 +765,7 @@ def test_an_interrupted_batch_finishes_the_mask_in_hand_and_writes_its_tables(
     with pytest.raises(KeyboardInterrupt):
         predict_cases(predictor, find_cases(images), out)
     assert json.loads((out / "run.json").read_text())["cases"] == {"done": 1, "kept": 0, "failed": 0, "open": 1}
-    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "cases.csv", "journal.jsonl", "run.json"]
+    assert names_in(out) == {"a.nii.gz", *BESIDE}
     monkeypatch.undo()
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "kept", "b": "done"}
 

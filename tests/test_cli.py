@@ -311,7 +311,8 @@ def test_predict_goes_on_after_a_bad_case_and_ends_with_3(
     assert result.stdout.endswith(f"2 masks in {out} (0 kept from before), 1 failed\n")
     assert "error: broken failed" in result.stderr
     written = {path.name for path in out.iterdir()} - {".lock"}
-    assert written == {"phantom_007.nii.gz", "phantom_008.nii.gz", "cases.csv", "journal.jsonl", "run.json", "log.txt"}
+    beside = {"cases.csv", "journal.jsonl", "run.json", "log.txt", "dseg.tsv", "labels.csv", "labels.txt"}
+    assert written == {"phantom_007.nii.gz", "phantom_008.nii.gz", *beside}
 
 
 def test_predict_takes_several_places_and_writes_probabilities(
