@@ -1,34 +1,41 @@
 """DICOM series: what lies in a folder or zip, which of it is a volume, and its voxels.
 
 Headers decide before any pixel is read: the slices of a volume lie along one normal at even distance, without gap,
-repetition or tilt. DICOM's world is LPS; the first two rows of an affine change sign here.
+repetition or tilt (``stack``). DICOM's world is LPS; the affine of a volume is RAS+.
+
+Values are those of the Modality LUT, or of slope and intercept, slice by slice. Real World Value Maps and Philips'
+private scaling are not applied. Padding keeps its value: no number is made up for what was not scanned.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.errors import IncompleteSeries, InputError, UnreadableFile
 from medseg.geometry import Geometry
+from medseg.io import pixels, stack
+from medseg.io.archive import Instance, Reader, instances
+from medseg.io.frames import Frame, Image, headers_of, image_of
+from medseg.io.parts import Part, parts_of, planes_of
 from medseg.volume import Volume
+
+__all__ = ["Instance", "Scan", "Series", "headers", "is_dicom", "read", "read_series", "reading_bytes", "scan"]
 
 SUFFIXES: tuple[str, ...] = (".dcm", ".zip")
 
-
-@dataclass(frozen=True)
-class Instance:
-    """A DICOM file: one on disk, or a member of a zip, which is never unpacked.
-
-    Attributes:
-        path: the file, or the zip.
-        member: name in the zip; empty for a file.
-    """
-
-    path: Path
-    member: str = ""
+_log = logging.getLogger("medseg.io.dicom")
+_UNREADABLE = "unreadable file"
+_LISTED = "list what there is with 'medseg dicom scan'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +48,16 @@ class Series:
         part: which part of the series, as ``EchoTime=4.92``; empty where it is one volume.
         modality: CT, MR, ...
         description: free text that may hold anything: shown in listings alone, never in logs, files or errors.
-        instances: its files; those of a volume in the order of its slices.
+        instances: its files, each once; those of a volume in the order of its slices.
         geometry: of the volume, in the order of the array that ``read_series`` gives; None where it is none.
         kind: number type of the voxels after rescaling.
         syntax: name of the transfer syntax.
         reason: why it cannot be read as a volume; empty where it can.
         irregular: what is uneven or tilted about it, where resampling to a straight grid could mend that.
         positions_mm: offset of every slice from the first along the line of slices, where their distances are uneven.
+        frames: its slices; those of a volume in their order.
+        damaged: whether the reason is a fault of a file, and none of where the slices lie.
+        warnings: what is odd about it but can be read all the same.
     """
 
     place: Path
@@ -64,11 +74,19 @@ class Series:
     reason: str = ""
     irregular: str = ""
     positions_mm: tuple[float, ...] = ()
+    frames: tuple[Frame, ...] = field(default=(), repr=False)
+    damaged: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """A name for files and messages that says nothing of the patient: ``series_`` and a digest of the UID."""
-        return f"series_{hashlib.sha256((self.uid + self.part).encode()).hexdigest()[:12]}"
+        """A name for files and messages that says nothing of the patient: ``series_`` and a digest of study, UID, part."""
+        return f"series_{hashlib.sha256((self.study_uid + self.uid + self.part).encode()).hexdigest()[:12]}"
+
+    @property
+    def key(self) -> str:
+        """How ``select`` is told of it: the UID, and the part in brackets where there is one."""
+        return f"{self.uid}[{self.part}]" if self.part else self.uid
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -76,12 +94,26 @@ class Series:
         return tuple(dict.fromkeys(instance.path for instance in self.instances))
 
     def resampled(self) -> Series:
-        """The series as one that is read on a straight grid, where ``irregular`` says that it needs to be.
+        """The series as one that is read on an even grid, where ``irregular`` says that it needs to be.
+
+        A tilted one is read as it lies, on a sheared grid: no voxel is made up. Of uneven slices the missing ones are
+        interpolated between their neighbours; ``to_slices`` leads back.
 
         Raises:
             IncompleteSeries: it cannot be read, for another reason.
         """
-        raise NotImplementedError
+        if not self.irregular:
+            check(self)
+            return self
+        geometry = stack.mended(planes_of(self.frames))
+        how = "slices are interpolated on an even grid" if self.positions_mm else "read on a sheared grid"
+        return replace(
+            self,
+            geometry=geometry,
+            kind="float32" if self.positions_mm else self.kind,
+            reason="",
+            warnings=(*self.warnings, f"{self.irregular}: {how}"),
+        )
 
 
 @dataclass(frozen=True)
@@ -91,10 +123,12 @@ class Scan:
     Attributes:
         series: usable and not, by study, then by UID.
         passed_over: what else there is, by kind ("secondary capture", "DICOMDIR", "no DICOM"), and how much of it.
+        place: where it was looked for.
     """
 
     series: tuple[Series, ...]
     passed_over: dict[str, int]
+    place: Path = Path()
 
 
 def scan(place: Path) -> Scan:
@@ -103,7 +137,19 @@ def scan(place: Path) -> Scan:
     Raises:
         InputError: there is nothing there, or a zip that may not be opened (members outside of it, or a bomb).
     """
-    raise NotImplementedError
+    passed_over: Counter[str] = Counter()
+    groups: dict[tuple[str, str], list[Image]] = defaultdict(list)
+    unreadable: Counter[Path] = Counter()
+    with Reader() as reader:
+        for instance in instances(place, passed_over):
+            image = image_of(reader, instance)
+            if isinstance(image, str):
+                passed_over[image] += 1
+                unreadable[instance.path.parent] += image == _UNREADABLE
+            else:
+                groups[image.study_uid, image.series_uid].append(image)
+        found = [part for _, images in sorted(groups.items()) for part in _series_of(place, images, reader, unreadable)]
+    return Scan(tuple(found), dict(sorted(passed_over.items())), place)
 
 
 def select(found: Scan, pattern: str = "", *, resample_irregular: bool = False) -> list[Series]:
@@ -116,13 +162,41 @@ def select(found: Scan, pattern: str = "", *, resample_irregular: bool = False) 
         resample_irregular: take tilted and uneven series too, to be resampled.
 
     Returns:
-        One series a study.
+        One series a study: the usable one of those that are meant. Where several studies are looked at, an unusable
+        one stands for a study that has no other, so that its case fails alone; studies without any are logged.
 
     Raises:
         IncompleteSeries: it means a series that cannot be used; with the reason.
+        UnreadableFile: the reason is a damaged file, or a decoder that is not installed.
         InputError: it means none, or several of one study; they are listed by UID.
     """
-    raise NotImplementedError
+    meant = [series for series in found.series if _means(pattern, series)]
+    if not meant:
+        what = "a pattern that means one of them" if found.series else "a DICOM series"
+        raise InputError(found.place, _none_found(found, pattern), what, _LISTED)
+    studies: dict[str, list[Series]] = defaultdict(list)
+    for series in meant:
+        studies[series.study_uid].append(_mended(series) if resample_irregular else series)
+    for study in {series.study_uid for series in found.series} - set(studies):
+        _log.warning("study %s has no series that the pattern means", study)
+    chosen = [_one_of(found.place, group) for group in studies.values()]
+    if len(chosen) == 1:
+        check(chosen[0])
+    return chosen
+
+
+def check(series: Series) -> Geometry:
+    """Make sure that a series can be read, and give its geometry.
+
+    Raises:
+        IncompleteSeries: it is no volume; with the reason.
+        UnreadableFile: a file is damaged, or its compression needs a package that is not installed; which is named.
+    """
+    if series.geometry is not None:
+        return series.geometry
+    found, _, remedy = series.reason.partition("; ")
+    kind = UnreadableFile if series.damaged else IncompleteSeries
+    raise kind(series.place, f"series {series.key}: {found}", "" if remedy else "one volume", remedy)
 
 
 def read_series(series: Series) -> Volume:
@@ -130,30 +204,233 @@ def read_series(series: Series) -> Volume:
 
     Returns:
         Volume (1, I, J, K): columns, rows, slices along their normal; ``header`` is the series. Numbers are after
-        rescaling, integers where slope and intercept are, and brighter is more (MONOCHROME1 is turned).
+        rescaling, integers where slope is 1 and intercept an integer, else float32. Brighter is more: MONOCHROME1 is
+        turned within the range of its bits, but for values with a unit (CT, PET, a Rescale Type), which stay.
 
     Raises:
         UnreadableFile: a file is damaged, or its compression needs a package that is not installed; which is named.
         IncompleteSeries: the series is none that can be read.
     """
-    raise NotImplementedError
+    geometry = check(series)
+    kind, first = np.dtype(series.kind), series.frames[0].encoding
+    array = np.empty((len(series.frames), first.rows, first.columns), dtype=kind)
+    files: dict[Instance, dict[int, Frame]] = defaultdict(dict)
+    for k, frame in enumerate(series.frames):
+        files[frame.instance][k] = frame
+    with Reader() as reader:
+        for frames in files.values():
+            for k, stored in pixels.read(reader, frames):
+                array[k] = pixels.values(stored, series.frames[k], kind, _turned(series.frames[k], series.modality))
+    if series.positions_mm:
+        array = _interpolated(array, series, geometry.shape[2])
+    return Volume(array.T[np.newaxis], geometry, series.files, series, series.warnings)
+
+
+def to_slices(series: Series, array: NDArray[Any]) -> NDArray[Any]:
+    """Bring an array on the grid of a resampled series back to its slices.
+
+    Args:
+        series: as it was read.
+        array: (I, J, K) on the grid of ``series.geometry``.
+
+    Returns:
+        Array (I, J, slices): for each slice the plane nearest to it; the array itself where none was interpolated.
+    """
+    if not series.positions_mm:
+        return array
+    places = np.asarray(series.positions_mm) / series.positions_mm[-1] * (array.shape[2] - 1)
+    return array[:, :, np.rint(places).astype(int)]
 
 
 def read(path: Path) -> Volume:
-    """Read the only usable series at a path; see ``select`` and ``read_series``."""
-    raise NotImplementedError
+    """Read the only usable series at a path; see ``select`` and ``read_series``.
+
+    Raises:
+        InputError: there are several studies.
+    """
+    chosen = select(scan(path))
+    if len(chosen) > 1:
+        raise InputError(path, f"holds {len(chosen)} studies", "one series", _LISTED)
+    return read_series(chosen[0])
 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM by its content (``DICM`` after the preamble)."""
-    raise NotImplementedError
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def reading_bytes(series: Series) -> int:
-    """What ``read_series`` takes at the most, by the headers."""
-    raise NotImplementedError
+    """What ``read_series`` takes at the most, by the headers; 0 for one that cannot be read."""
+    if series.geometry is None:
+        return 0
+    pixels_a_slice = series.geometry.shape[0] * series.geometry.shape[1]
+    item = np.dtype(series.kind).itemsize
+    read = len(series.frames) * pixels_a_slice * item
+    interpolated = series.geometry.shape[2] * pixels_a_slice * item if series.positions_mm else 0
+    inflated = max(frame.encoding.file_bytes for frame in series.frames)
+    return read + interpolated + 4 * 8 * pixels_a_slice + inflated
 
 
 def headers(series: Series) -> Sequence[Any]:
-    """The pydicom data sets of a series without pixels, in the order of its slices."""
-    raise NotImplementedError
+    """The pydicom data sets of a series without pixels, one a file, in the order of its slices.
+
+    Raises:
+        UnreadableFile: a file is damaged.
+    """
+    with Reader() as reader:
+        return [headers_of(reader, instance) for instance in series.instances]
+
+
+def _series_of(place: Path, images: list[Image], reader: Reader, unreadable: Counter[Path]) -> list[Series]:
+    """The series of the images with one UID, one for each volume among them."""
+    kept, notes, fault = _without_copies(images, reader)
+    beside = sum(unreadable[parent] for parent in {image.frames[0].instance.path.parent for image in kept})
+    if beside:
+        notes.append(f"{beside} DICOM files beside its own cannot be read: slices may be missing at its ends")
+    frames = [frame for image in kept for frame in image.frames]
+    if len({image.frame_uid for image in kept if image.frame_uid}) > 1:
+        fault = fault or "its slices have several frames of reference"
+    if fault := fault or _unplaced(frames):
+        return [_series(place, kept, Part("", frames, fault), notes)]
+    found = parts_of(frames, lambda frame: pixels.digest(reader, frame))
+    return [_series(place, kept, part, notes) for part in found]
+
+
+def _without_copies(images: list[Image], reader: Reader) -> tuple[list[Image], list[str], str]:
+    """Images without copies of the same instance; what was left out; and why that cannot be done."""
+    kept: dict[str, Image] = {}
+    for image in images:
+        other = kept.setdefault(image.uid, image)
+        if other is not image and not _same(other, image, reader):
+            return images, [], "several files have one SOP Instance UID and differ; keep one of each"
+    count = len(images) - len(kept)
+    return list(kept.values()), [f"{count} files are copies of others and left out"] if count else [], ""
+
+
+def _same(one: Image, other: Image, reader: Reader) -> bool:
+    planes = [[(frame.plane, frame.slope, frame.intercept) for frame in image.frames] for image in (one, other)]
+    return planes[0] == planes[1] and pixels.digest(reader, one.frames[0]) == pixels.digest(reader, other.frames[0])
+
+
+def _unplaced(frames: Sequence[Frame]) -> str:
+    """Why slices have no place."""
+    missing = sum(frame.plane is None for frame in frames)
+    if not missing:
+        return ""
+    return f"{missing} of {len(frames)} slices have no position, orientation and pixel spacing that can be used"
+
+
+def _series(place: Path, images: list[Image], part: Part, notes: list[str]) -> Series:
+    """One series out of its images, and the part of them that it is."""
+    first, frames = images[0], part.frames
+    laid = stack.stack(planes_of(frames), _step(frames)) if all(frame.plane for frame in frames) else stack.Stack()
+    if laid.order:
+        frames = [frames[n] for n in laid.order]
+    reason, damaged = _reason(part, images, laid)
+    return Series(
+        place=place,
+        uid=first.series_uid,
+        study_uid=first.study_uid,
+        frame_uid=first.frame_uid,
+        part=part.label,
+        modality=first.modality,
+        description=first.description,
+        instances=tuple(dict.fromkeys(frame.instance for frame in frames)),
+        geometry=None if reason else laid.geometry,
+        kind=pixels.kind_of(frames).name,
+        syntax=", ".join(sorted({pixels.syntax_name(frame.encoding.syntax) for frame in frames})),
+        reason=reason,
+        irregular=laid.irregular if reason == laid.reason else "",
+        positions_mm=laid.offsets,
+        frames=tuple(frames),
+        damaged=damaged,
+        warnings=(*notes, *filter(None, (part.note, laid.warning, *_oddities(frames, first.modality)))),
+    )
+
+
+def _reason(part: Part, images: list[Image], laid: stack.Stack) -> tuple[str, bool]:
+    """Why a part cannot be read, and whether a fault of a file is the reason."""
+    if part.reason:
+        return part.reason, False
+    mine = {frame.instance for frame in part.frames}
+    for image in images:
+        if image.fault and image.frames[0].instance in mine:
+            return f"instance {image.uid} {image.fault}", image.damaged
+    for frame in part.frames:
+        if missing := pixels.undecodable(frame.encoding):
+            return missing, True
+    if any(frame.slope == 0 for frame in part.frames) and not any(frame.slope for frame in part.frames):
+        return "the rescale slope is 0: every voxel would have one value", True
+    return laid.reason, False
+
+
+def _step(frames: Sequence[Frame]) -> float:
+    """Distance of slices for a single one: what the header says, or its thickness; 0 where it says neither."""
+    return frames[0].between or frames[0].thickness
+
+
+def _oddities(frames: Sequence[Frame], modality: str) -> list[str]:
+    """What is odd about how values are stored."""
+    odd = []
+    if any(frame.encoding.inverted for frame in frames):
+        turned = any(_turned(frame, modality) for frame in frames)
+        odd.append(f"MONOCHROME1: {'turned, so that brighter is more' if turned else 'values have a unit and stay'}")
+    if modality == "CT" and any(frame.slope is None and frame.table is None for frame in frames):
+        odd.append("CT without rescale intercept: values may not be Hounsfield units")
+    return odd
+
+
+def _turned(frame: Frame, modality: str) -> bool:
+    return frame.encoding.inverted and modality not in ("CT", "PT") and frame.unit in ("", "US")
+
+
+def _means(pattern: str, series: Series) -> bool:
+    if not pattern or pattern in (series.uid, series.key, series.name):
+        return True
+    return fnmatch.fnmatchcase(series.description.strip().lower(), pattern.lower())
+
+
+def _none_found(found: Scan, pattern: str) -> str:
+    """What there is where no series is meant."""
+    if found.series:
+        return f"no series is called {pattern!r}; there are {_described(found.series)}"
+    others = ", ".join(f"{count} x {kind}" for kind, count in found.passed_over.items())
+    return f"holds no DICOM series that could be a volume ({others or 'no files'})"
+
+
+def _described(series: Sequence[Series]) -> str:
+    """A list of series without their free text."""
+    words = []
+    for one in series[:20]:
+        shape = "x".join(f"{s:.4g}" for s in one.geometry.spacing) + " mm" if one.geometry else "cannot be used"
+        words.append(f"{one.key} ({one.modality}, {len(one.frames)} slices, {shape})")
+    return ", ".join(words) + (f" and {len(series) - 20} more" if len(series) > 20 else "")
+
+
+def _mended(series: Series) -> Series:
+    return series.resampled() if series.irregular else series
+
+
+def _one_of(place: Path, group: list[Series]) -> Series:
+    """The usable one of a study's series; the first where none is."""
+    usable = [series for series in group if not series.reason]
+    if len(usable) > 1:
+        found = f"{len(usable)} series could be meant: {_described(usable)}"
+        raise InputError(place, found, "one of them", f"name it by its UID; {_LISTED}")
+    return (usable or group)[0]
+
+
+def _interpolated(array: NDArray[Any], series: Series, count: int) -> NDArray[Any]:
+    """Slices (n, J, I) at uneven offsets brought to some even ones, the ends in place, linearly."""
+    offsets = np.asarray(series.positions_mm)
+    wanted = np.linspace(0.0, offsets[-1], count)
+    even = np.empty((count, *array.shape[1:]), dtype=array.dtype)
+    above = np.clip(np.searchsorted(offsets, wanted), 1, len(offsets) - 1)
+    for k, (place, upper) in enumerate(zip(wanted, above, strict=True)):
+        part = np.clip((place - offsets[upper - 1]) / (offsets[upper] - offsets[upper - 1]), 0.0, 1.0)
+        even[k] = (1.0 - part) * array[upper - 1] + part * array[upper]
+    return even
