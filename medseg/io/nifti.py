@@ -3,13 +3,15 @@
 Reading is checked before it is trusted: gzip files are read to their end, so that CRC and length are verified; a file
 shorter than its header says, a header that claims more than the file can hold, and an affine that is missing,
 non-finite or singular are refused. Writing gives back the geometry fields of the header it was read with, bit for bit,
-and nothing else of it (free-text fields can hold patient data).
+and nothing else of it (free-text fields can hold patient data). Masks have the names and colours of their labels in an
+extension of the header (see ``caret``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gzip
+import logging
 import mmap
 import os
 import tempfile
@@ -20,15 +22,16 @@ from typing import Any
 
 import nibabel
 import numpy as np
-from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti1 import Nifti1Extension, Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medseg.errors import InputError, UnreadableFile
 from medseg.geometry import Geometry
+from medseg.io import caret
 from medseg.records import replacing
-from medseg.volume import Mask, Volume
+from medseg.volume import Labels, Mask, Volume
 
 SUFFIXES: tuple[str, ...] = (".nii.gz", ".nii", ".hdr", ".hdr.gz", ".img", ".img.gz")
 MAX_IMAGE_BYTES = 2**36
@@ -43,7 +46,11 @@ _GEOMETRY_FIELDS = (
 _METRE, _MICRON = 1, 3
 _CHUNK, _WRITTEN = 1 << 21, 1 << 18
 """Bytes or voxels that are handled, and bytes that are written, at a time."""
+_MAX_EXTENSIONS = 1 << 20
+"""Bytes of extensions that are looked through for names of labels."""
 _REPLACE = "copy the file again from its source"
+
+log = logging.getLogger("medseg.io.nifti")
 
 
 def read(path: Path) -> Volume:
@@ -102,16 +109,36 @@ def reading_bytes(outline: Volume) -> int:
 read_labels = read
 
 
+def labels_of(path: Path) -> Labels | None:
+    """The names and colours of a mask's labels, of its header's extensions; None where they hold none.
+
+    Raises:
+        UnreadableFile: the file has no header of NIfTI, or cannot be unpacked.
+    """
+    header_path, data_path = _pair(path)
+    header = _read_header(header_path)
+    size, offset = int(header["sizeof_hdr"]), float(header["vox_offset"])
+    end = offset if header_path == data_path and np.isfinite(offset) else np.inf
+    with _opened(header_path) as stream, _explained(header_path):
+        stream.read(size)
+        flag = stream.read(4)
+        content = (
+            stream.read(int(min(max(end - size - 4, 0), _MAX_EXTENSIONS))) if flag[:1] not in (b"", b"\0") else b""
+        )
+    tables = (caret.from_xml(part) for _, part in sorted(_extensions(content, header), key=lambda e: -e[0]))
+    return next((labels for labels in tables if labels), None)
+
+
 def write(mask: Mask, path: Path) -> None:
     """Write a mask, atomically; the same mask always gives the same bytes.
 
     Shape and affine are the mask's. Where it has a NIfTI header whose affine is the mask's, that header's geometry
-    fields and codes go into the file bit for bit.
+    fields and codes go into the file bit for bit. Names and colours of its labels go into an extension.
 
     Raises:
         InputError: the path ends in neither .nii nor .nii.gz.
     """
-    _write(mask.array, _header_for(mask, mask.array), path)
+    _write(mask.array, _header_for(mask, mask.array), path, _label_table(mask))
 
 
 def write_volume(volume: Volume, path: Path) -> None:
@@ -217,15 +244,50 @@ def from_nibabel(image: Any) -> Volume:
 def to_nibabel(mask: Mask) -> Any:
     """A mask as a nibabel image, with the geometry fields of the header it was read with."""
     kind = nibabel.Nifti2Image if isinstance(mask.header, Nifti2Header) else nibabel.Nifti1Image
-    return kind(mask.array, mask.geometry.affine, _header_for(mask, mask.array))
+    image = kind(mask.array, mask.geometry.affine, _header_for(mask, mask.array))
+    if table := _label_table(mask):
+        image.header.extensions.append(Nifti1Extension(caret.CODE, table))
+    return image
 
 
-def _write(array: NDArray[Any], header: Nifti1Header, path: Path) -> None:
+def _label_table(mask: Mask) -> bytes:
+    """What the extension for the labels holds; nothing where they have no names, or more than fits."""
+    table = b"" if mask.labels is None else caret.to_xml(mask.labels)
+    if len(table) <= caret.MAX_BYTES:
+        return table
+    log.warning("the names of the labels are too long for a NIfTI header (%d bytes): left out", len(table))
+    return b""
+
+
+def _extension(table: bytes, header: Nifti1Header) -> bytes:
+    """The four bytes behind a header, and the extension: its size (with these numbers, in sixteens), its code, it."""
+    if not table:
+        return b"\0\0\0\0"
+    padded = table + b" " * (-(len(table) + 8) % 16)
+    numbers = np.array([len(padded) + 8, caret.CODE], dtype=f"{header.endianness}i4")
+    return b"\1\0\0\0" + numbers.tobytes() + padded
+
+
+def _extensions(content: bytes, header: Nifti1Header) -> Iterator[tuple[int, bytes]]:
+    """The extensions that can hold a table of labels, each with its code, as far as they are sound."""
+    start = 0
+    while start + 16 <= len(content):
+        size, code = (int(n) for n in np.frombuffer(content, dtype=f"{header.endianness}i4", count=2, offset=start))
+        if size < 16 or size % 16 or start + size > len(content):
+            return
+        if code in (0, caret.CODE):
+            yield code, content[start + 8 : start + size]
+        start += size
+
+
+def _write(array: NDArray[Any], header: Nifti1Header, path: Path, table: bytes = b"") -> None:
     name = path.name.lower()
     if not name.endswith((".nii", ".nii.gz")):
         raise InputError(path, "an image of two files cannot be replaced at once", ".nii or .nii.gz")
+    extension = _extension(table, header)
+    header["vox_offset"] = len(header.binaryblock) + len(extension)
     with replacing(path) as temporary, _opened_for_writing(temporary) as stream:
-        stream.write(header.binaryblock + b"\0\0\0\0")
+        stream.write(header.binaryblock + extension)
         for part in _parts(array):
             content = memoryview(part.tobytes(order="F"))
             for start in range(0, len(content), _WRITTEN):  # what gzip is given at once it holds several times

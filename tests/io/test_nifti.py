@@ -24,7 +24,7 @@ from medseg.errors import InputError, MedsegError, UnreadableFile
 from medseg.geometry import Geometry
 from medseg.io import nifti, read_mask, read_volume, write_mask
 from medseg.io.nifti import Probabilities
-from medseg.volume import Mask, Volume
+from medseg.volume import Labels, Mask, Volume
 
 OBLIQUE = np.array([[0.8, -0.6, 0, 11.3], [0.6, 0.8, 0, -7.1], [0, 0, 2.5, 3.3], [0, 0, 0, 1]])
 VOXELS = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
@@ -491,6 +491,125 @@ def test_a_failing_write_keeps_the_old_file_and_leaves_no_other(
         write_mask(replace(mask, array=1 - mask.array), out / "mask.nii.gz")
     assert (out / "mask.nii.gz").read_bytes() == before
     assert [p.name for p in out.iterdir()] == ["mask.nii.gz"]
+
+
+# Names of labels
+
+
+LABELS = Labels(values={"liver": 1, "liver & tumour": 700}, colours={"liver": (221, 130, 101)})
+
+
+@pytest.mark.parametrize("kind", [Nifti1Image, Nifti2Image])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_mask_keeps_the_names_of_its_labels(tmp_path: Path, ending: str, kind: type) -> None:
+    plain = mask_of(image_file(tmp_path, kind=kind))
+    named = replace(plain, array=plain.array * np.uint16(700), labels=LABELS)
+    write_mask(replace(named, labels=None), tmp_path / f"plain{ending}")
+    write_mask(named, tmp_path / f"named{ending}")
+    labels = nifti.labels_of(tmp_path / f"named{ending}")
+    assert labels is not None
+    assert labels.values == LABELS.values
+    assert labels.colours == {"liver": (221, 130, 101), "liver & tumour": (86, 180, 233)}
+    assert nifti.labels_of(tmp_path / f"plain{ending}") is None
+    one, other = nibabel.load(tmp_path / f"plain{ending}"), nibabel.load(tmp_path / f"named{ending}")
+    assert one.affine.tobytes() == other.affine.tobytes()
+    np.testing.assert_array_equal(np.asanyarray(one.dataobj), np.asanyarray(other.dataobj))
+    np.testing.assert_array_equal(nifti.read(tmp_path / f"named{ending}").array[0], named.array)
+    (extension,) = other.header.extensions
+    assert (extension.get_code(), extension.get_sizeondisk() % 16) == (30, 0)
+    offset = one.header["sizeof_hdr"] + 4 + extension.get_sizeondisk()
+    assert int(other.header["vox_offset"] or offset) == offset
+    if kind is Nifti1Image:  # ITK reads no NIfTI-2
+        itk = pytest.importorskip("SimpleITK").ReadImage(str(tmp_path / f"named{ending}"))
+        np.testing.assert_array_equal(io.volume_of(itk).array[0], named.array)
+
+
+def test_only_the_place_of_the_voxels_differs_in_the_header(tmp_path: Path) -> None:
+    mask = mask_of(image_file(tmp_path))
+    write_mask(mask, tmp_path / "plain.nii")
+    write_mask(replace(mask, labels=LABELS), tmp_path / "named.nii")
+    plain, named = (tmp_path / "plain.nii").read_bytes(), (tmp_path / "named.nii").read_bytes()
+    offset = int(np.frombuffer(named, np.float32, 1, 108)[0])  # vox_offset of NIfTI-1
+    assert (named[:108], named[112:348]) == (plain[:108], plain[112:348])
+    assert (plain[348:352], named[348:352]) == (b"\0\0\0\0", b"\1\0\0\0")
+    assert np.frombuffer(named, np.int32, 2, 352).tolist() == [offset - 352, 30]
+    assert named[offset:] == plain[352:]
+
+
+def test_a_nibabel_image_has_the_names_too(tmp_path: Path) -> None:
+    mask = replace(mask_of(image_file(tmp_path)), labels=LABELS)
+    nibabel.save(nifti.to_nibabel(mask), tmp_path / "mask.nii.gz")
+    labels = nifti.labels_of(tmp_path / "mask.nii.gz")
+    assert labels is not None
+    assert labels.values == LABELS.values
+
+
+def extended(*extensions: tuple[int, bytes], order: str = "<") -> bytes:
+    """A file with extensions of a code and content each, padded as the standard wants it."""
+    parts = b""
+    for code, content in extensions:
+        padded = content + bytes(-(len(content) + 8) % 16)
+        parts += np.array([len(padded) + 8, code], f"{order}i4").tobytes() + padded
+    header = header_of(vox_offset=352 + len(parts)).as_byteswapped(order)
+    return header.binaryblock + b"\1\0\0\0" + parts + VOXELS.astype(f"{order}i2").tobytes(order="F")
+
+
+FOREIGN = b"""<?xml version="1.0" encoding="UTF-8"?> <CaretExtension> <Date><![CDATA[2013-07-14]]></Date>
+<VolumeInformation Index="0"> <LabelTable>
+<Label Key="0" Red="1" Green="1" Blue="1" Alpha="0"><![CDATA[???]]></Label>
+<Label Key="5" Red="1.0" Green="0.5019607843137255" Blue="0.0" Alpha="1"><![CDATA[spleen]]></Label>
+</LabelTable> <VolumeType><![CDATA[Label]]></VolumeType> </VolumeInformation></CaretExtension>
+"""
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("code", [0, 30])
+def test_names_by_another_program_are_read(tmp_path: Path, code: int, order: str) -> None:
+    content = extended((6, b"a comment"), (code, FOREIGN), order=order)
+    labels = nifti.labels_of(saved(tmp_path / "a.nii", content))
+    assert labels == Labels(values={"spleen": 5}, colours={"spleen": (255, 128, 0)})
+
+
+def test_the_extension_of_its_own_code_goes_first(tmp_path: Path) -> None:
+    content = extended((0, FOREIGN.replace(b"spleen", b"old")), (30, FOREIGN))
+    labels = nifti.labels_of(saved(tmp_path / "a.nii", content))
+    assert labels is not None
+    assert labels.names == ("spleen",)
+
+
+def test_a_pair_has_its_extensions_in_the_header_file(tmp_path: Path) -> None:
+    content = extended((30, FOREIGN))
+    header = header_of(magic=b"ni1", vox_offset=0).binaryblock
+    saved(tmp_path / "a.hdr", header + content[348 : -VOXELS.nbytes])
+    saved(tmp_path / "a.img", VOXELS.tobytes(order="F"))
+    labels = nifti.labels_of(tmp_path / "a.img")
+    assert labels is not None
+    assert labels.names == ("spleen",)
+
+
+def test_too_many_letters_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = Labels(values={"a" * 100_000: 1})
+    write_mask(replace(mask_of(image_file(tmp_path)), labels=labels), tmp_path / "mask.nii")
+    assert nifti.labels_of(tmp_path / "mask.nii") is None
+    assert "too long" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        extended((4, FOREIGN)),  # AFNI's
+        extended((30, b"<LabelTable>")),
+        extended((30, b"\xff" + FOREIGN)),
+        content_of()[:348],
+        content_of()[:348] + b"\1\0\0\0" + np.array([2**31 - 16, 30], "<i4").tobytes(),
+        content_of(header_of(vox_offset=384))[:348] + b"\1\0\0\0" + np.array([-32, 30], "<i4").tobytes() + bytes(48),
+        content_of(header_of(vox_offset=384))[:348] + b"\1\0\0\0" + np.array([0, 30], "<i4").tobytes() + bytes(48),
+        content_of(header_of(vox_offset=np.nan))[:348] + b"\1\0\0\0",
+    ],
+    ids=["another's", "no XML", "no UTF-8", "the end", "too large", "negative", "empty", "no offset"],
+)
+def test_what_is_no_label_table_gives_no_names(tmp_path: Path, content: bytes) -> None:
+    assert nifti.labels_of(saved(tmp_path / "a.nii", content)) is None
 
 
 # Images in memory
