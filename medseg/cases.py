@@ -323,7 +323,7 @@ class _Wanted:
 
     def study(self, place: Path, study: Sequence[Series]) -> Case:
         """The case of a study."""
-        scan, chosen = dicom.Scan(tuple(study), {}), []
+        scan, chosen = dicom.Scan(tuple(study), {}, place), list[Series]()
         for pattern in self.patterns or ("",):
             try:
                 chosen += dicom.select(scan, pattern, resample_irregular=self.resample_irregular)

@@ -378,6 +378,7 @@ def _read_finite(source: Source) -> Volume:
     """A file or series with finite voxels. Of a series the place stands for its files: it is one word in messages."""
     source = located(source)
     if isinstance(source, Series):
+        _check(source)
         volume = dicom.read_series(source)
         return replace(volume, array=finite(volume.array, source.name), paths=(source.place,))
     volume = format_of(source).read(source)
@@ -388,11 +389,21 @@ def _outline(source: Source) -> Volume | None:
     """See ``outline``."""
     source = located(source)
     if isinstance(source, Series):
-        if source.geometry is None:
-            raise IncompleteSeries(source.name, source.reason, "a series that is a volume")
-        whole = np.broadcast_to(np.zeros((), source.kind), (1, *source.geometry.shape))
-        return Volume(whole, source.geometry, (source.place,), source)
+        geometry = _check(source)
+        whole = np.broadcast_to(np.zeros((), source.kind), (1, *geometry.shape))
+        return Volume(whole, geometry, (source.place,), source)
     return nifti.read_outline(source) if format_of(source) is nifti else None
+
+
+def _check(source: Series) -> Geometry:
+    """The grid of a series.
+
+    Raises:
+        InputError: it cannot be read, or stands for a choice that could not be made; with the reason.
+    """
+    if not source.instances:
+        raise IncompleteSeries(source.place, source.reason)
+    return dicom.check(source)
 
 
 def _where(volume: Volume) -> Path | str:
