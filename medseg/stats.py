@@ -184,7 +184,9 @@ def measure(image: Volume | None, mask: Mask) -> tuple[LabelStats, ...]:
     labels = mask.labels or _found(mask)
     if labels is None:
         return ()
-    indices = labels.to_indices(mask.array, mask.paths[0] if mask.paths else "mask")
+    indices = np.empty(mask.array.shape, dtype=np.uint8)
+    for plane, numbered in zip(mask.array, indices, strict=True):  # a look-up takes eight bytes a voxel meanwhile
+        numbered[...] = labels.to_indices(plane, mask.paths[0] if mask.paths else "mask")
     boxes = ndimage.find_objects(indices, labels.count - 1)
     numbers = {labels.values[name]: index for index, name in enumerate(labels.names, start=1)}
     groups = {name: (labels.values[name],) for name in labels.names} | labels.regions
@@ -271,12 +273,14 @@ def _measured(
     if not own:
         return empty
     box = tuple(slice(min(s.start for s in along), max(s.stop for s in along)) for along in zip(*own, strict=True))
-    inside = np.isin(indices[box], numbers)
+    inside = indices[box] == numbers[0]
+    for number in numbers[1:]:
+        inside |= indices[box] == number
     along = [np.count_nonzero(inside, axis=others) for others in ((1, 2), (0, 2), (0, 1))]
     voxels = int(along[0].sum())
     centre = [float(n @ np.arange(s.start, s.stop)) / voxels for n, s in zip(along, box, strict=True)]
     x, y, z = (float(mm) for mm in grid.world(np.array([centre]))[0])
-    pieces = piece_sizes(inside, (1,))
+    pieces = piece_sizes(inside.view(np.uint8), (1,))
     return empty.model_copy(
         update={
             "voxels": voxels,
