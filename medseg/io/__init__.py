@@ -194,6 +194,8 @@ def joined(parts: Sequence[Volume], channels: int | None = None) -> Volume:
         raise InputError(_where(first), f"has {array.shape[0]} channels", f"{channels}")
     paths = tuple(path for part in parts for path in part.paths)
     warnings = tuple(w for part in parts for w in part.warnings)
+    if len({part.header.frame_uid for part in parts if isinstance(part.header, Series)} - {""}) > 1:
+        warnings = (*warnings, "the channels have several frames of reference: they may not lie over each other")
     return replace(first, array=array, paths=paths, warnings=warnings)
 
 
@@ -421,7 +423,7 @@ def _read_mask(path: Path) -> Mask:
     volume = form.read_labels(path)
     if volume.array.shape[0] != 1:
         raise InputError(path, f"has {volume.array.shape[0]} channels", "a mask of one channel")
-    labels = getattr(nifti, "labels_of", lambda path: None)(path) if form is nifti else None
+    labels = nifti.labels_of(path) if form is nifti else None
     return Mask(integral(volume.array[0], path), volume.geometry, labels, volume.paths, volume.header, volume.warnings)
 
 

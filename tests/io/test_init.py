@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import tracemalloc
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+from dicoms import affine_of, write_series
+from numpy.typing import NDArray
 
 from medseg import io
-from medseg.errors import GeometryMismatch, InputError
+from medseg.errors import GeometryMismatch, IncompleteSeries, InputError
 from medseg.geometry import Geometry
 from medseg.io import (
     describe_grid,
+    dicom,
     finite,
     finite_float32,
     integral,
@@ -26,6 +31,7 @@ from medseg.io import (
 from medseg.volume import Labels, Mask
 
 GRID = Geometry((2, 3, 4), np.diag([-1.0, 1.0, 2.5, 1.0]))
+STORED = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4)
 
 
 def written(path: Path, value: int = 1, geometry: Geometry = GRID) -> Path:
@@ -194,3 +200,155 @@ def test_what_reading_takes_is_known_beforehand(
     assert outline is not None
     assert (outline.array.shape, outline.array.dtype) == (volume.array.shape, volume.array.dtype)
     assert 0.9 * bytes_a_voxel * 10**6 < peak < bytes_a_voxel * 10**6 + 80 * 2**20
+
+
+# DICOM
+
+
+def dicom_series(folder: Path, values: NDArray[Any] = STORED, **facts: Any) -> Path:
+    write_series(folder, values, spacing=(0.8, 0.9, 2.5), **facts)
+    return folder
+
+
+def zipped(folder: Path) -> Path:
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.write(path, path.name)
+    return folder.with_suffix(".zip")
+
+
+def test_a_folder_a_zip_and_a_series_are_one_image(tmp_path: Path) -> None:
+    folder = dicom_series(tmp_path / "scan", uid="1.2.3")
+    for source in (folder, zipped(folder), io.series(str(folder))):
+        volume = read_volume(source, channels=1)
+        np.testing.assert_array_equal(volume.array[0], STORED)
+        np.testing.assert_allclose(volume.geometry.affine, affine_of(spacing=(0.8, 0.9, 2.5)), atol=1e-6)
+        assert io.title(volume) == io.name_of(io.series(folder)) == io.series(folder).name
+        assert volume.paths == (source if isinstance(source, Path) else folder,)
+        assert not io.is_picture(source)
+    assert io.located(tmp_path / "a.nii.gz") == tmp_path / "a.nii.gz"
+
+
+def test_a_file_without_ending_is_known_by_its_content(tmp_path: Path) -> None:
+    (path, *_) = write_series(tmp_path / "scan", STORED[..., :1])
+    path = path.rename(tmp_path / "IM0001")
+    assert read_volume(path).array.shape == (1, 6, 5, 1)
+    assert io.is_dicom(path)
+    (tmp_path / "notes").write_text("DICM")
+    assert not io.is_dicom(tmp_path / "notes")
+    assert not io.is_dicom(tmp_path / "nowhere")
+
+
+def test_the_name_of_a_folder_has_no_ending(tmp_path: Path) -> None:
+    (tmp_path / "1.2.840").mkdir()
+    assert name_of(tmp_path / "1.2.840") == "1.2.840"
+
+
+def test_a_series_a_channel(tmp_path: Path) -> None:
+    one = dicom_series(tmp_path / "one", uid="1.2.1")
+    two = dicom_series(tmp_path / "two", STORED + 100, uid="1.2.2")
+    volume = read_volume([one, io.series(two)], channels=2)
+    assert volume.array[:, 1, 0, 0].tolist() == [STORED[1, 0, 0], STORED[1, 0, 0] + 100]
+    assert volume.warnings == ("the channels have several frames of reference: they may not lie over each other",)
+    other = dicom_series(tmp_path / "other", uid="1.2.3", origin=(0, 0, 1))
+    with pytest.raises(GeometryMismatch, match=f"^{io.series(other).name}: .* differs from that of series_"):
+        read_volume([one, other])
+    with pytest.raises(InputError, match="has 1 channels"):
+        read_volume(io.series(one), channels=2)
+
+
+def test_one_frame_of_reference_needs_no_warning(tmp_path: Path) -> None:
+    def framed(dataset: Any, k: int) -> None:
+        dataset.FrameOfReferenceUID = "1.2.9"
+
+    folders = [dicom_series(tmp_path / name, change=framed) for name in "ab"]
+    assert read_volume(folders).warnings == ()
+
+
+def test_a_place_with_several_series_says_which(tmp_path: Path) -> None:
+    dicom_series(tmp_path / "study" / "a", uid="1.2.1", study_uid="1.2")
+    dicom_series(tmp_path / "study" / "b", uid="1.2.2", study_uid="1.2")
+    with pytest.raises(InputError, match=r"study: 2 series could be meant: 1\.2\.1 .*1\.2\.2"):
+        read_volume(tmp_path / "study")
+    assert io.series(tmp_path / "study", "1.2.2").uid == "1.2.2"
+
+
+def test_a_place_with_several_studies_says_which(tmp_path: Path) -> None:
+    dicom_series(tmp_path / "a", uid="1.2.1", study_uid="1.2")
+    dicom_series(tmp_path / "b", uid="1.3.1", study_uid="1.3")
+    with pytest.raises(InputError, match=r"such series of 2 studies: 1\.2\.1, 1\.3\.1 .*by its UID"):
+        io.series(tmp_path)
+
+
+def test_what_a_series_takes_is_known_beforehand(tmp_path: Path) -> None:
+    folder = dicom_series(tmp_path / "scan", slope=0.5)
+    volume, outline = read_volume(folder), io.outline([folder])
+    assert outline is not None
+    assert (outline.array.shape, outline.array.dtype) == (volume.array.shape, volume.array.dtype)
+    assert outline.geometry == volume.geometry
+    assert io.title(outline) == io.title(volume)
+    assert volume.array.nbytes <= io.reading_bytes([folder]) == io.reading_bytes([io.series(folder)])
+    assert io.reading_bytes([folder, folder]) >= 4 * volume.array.nbytes  # two channels, and both as one
+    assert io.outline([folder, written(tmp_path / "a.mha")]) is None
+    with pytest.raises(InputError, match="does not say"):
+        io.reading_bytes([tmp_path / "a.mha"])
+
+
+def test_a_series_that_cannot_be_used_says_why_wherever_it_goes(tmp_path: Path) -> None:
+    folder = dicom_series(tmp_path / "scan", offsets=(0, 2.5, 5, 9))
+    (series,) = dicom.scan(folder).series
+    for door in (read_volume, io.outline, io.reading_bytes):
+        with pytest.raises(IncompleteSeries, match=f"series {series.uid}: "):
+            door([series])
+    assert read_volume(io.series(folder, resample_irregular=True)).warnings
+
+
+# Masks whose files know names
+
+
+LABELS = Labels(values={"liver": 3, "spleen": 7})
+ARRAY = (np.arange(120).reshape(6, 5, 4) % 3).astype(np.uint8)
+
+
+def test_a_segmentation_is_written_and_read_by_name(tmp_path: Path) -> None:
+    volume = read_volume(dicom_series(tmp_path / "scan"))
+    mask = Mask(LABELS.to_values(ARRAY), volume.geometry, LABELS, header=volume.header)
+    write_mask(mask, tmp_path / "a.dcm", kind="LABELMAP", model="m")
+    own = read_mask(tmp_path / "a.dcm")
+    assert own.labels is not None
+    assert own.labels.values == {"liver": 1, "spleen": 2}  # numbers of segments
+    found = read_mask(tmp_path / "a.dcm", LABELS)
+    assert found.labels == LABELS
+    np.testing.assert_array_equal(found.array, mask.array)
+    assert read_mask(tmp_path / "a.dcm", Labels(values={"Spleen": 1, "LIVER": 2})).array[0, 0, :3].tolist() == [0, 2, 1]
+    with pytest.raises(InputError, match=r"segments \[2\] of unknown names .*expected liver"):
+        read_mask(tmp_path / "a.dcm", Labels(values={"liver": 1}))
+    raw = io.format_of(tmp_path / "a.dcm").read_labels(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(raw.array, own.array[np.newaxis])
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        ({"spleen": 3, "liver": 7}, [0, 7, 3]),  # all known: by name
+        ({"Spleen": 300, "liver": -7}, [0, -7, 300]),
+        ({"liver": 3, "kidney": 7}, [0, 3, 7]),  # not all known: by value
+        ({"kidney": 7, "spleen": 3}, [0, 3, 7]),
+    ],
+)
+def test_a_nifti_with_names_is_read_by_name_where_all_are_known(
+    names: dict[str, int], first: list[int], tmp_path: Path
+) -> None:
+    write_mask(Mask(LABELS.to_values(ARRAY), Geometry(ARRAY.shape, np.eye(4)), LABELS), tmp_path / "a.nii.gz")
+    own = read_mask(tmp_path / "a.nii.gz")
+    assert own.labels is not None
+    assert own.labels.values == LABELS.values
+    assert read_mask(tmp_path / "a.nii.gz", Labels(values=names)).array[0, 0, :3].tolist() == first
+
+
+def test_a_label_that_no_voxel_has_is_of_no_matter(tmp_path: Path) -> None:
+    array = np.full((2, 2, 2), 3, np.uint8)
+    write_mask(Mask(array, Geometry(array.shape, np.eye(4)), LABELS), tmp_path / "a.nii.gz")
+    assert (
+        read_mask(tmp_path / "a.nii.gz", Labels(values={"liver": 9})).array.tolist() == np.full_like(array, 9).tolist()
+    )
