@@ -46,9 +46,10 @@ Protocols differ by less from visit to visit, and resampling makes up for it."""
 LOW_MARGIN = 0.8
 """Mean difference of the two largest probabilities below which a label is flagged.
 
-Of 40 held-out cases of the Decathlon's hippocampus (Dice 0.82 to 0.94), whose lowest mean is 0.91, none is flagged. Of 20
-of them turned by 90 degrees, with slices in random order, or with noise alone all are flagged (mean Dice below 0.17), of
-mirrored ones 18 (0.14), of noisy ones 7 (0.70). Structures that are mostly outline, as small lesions, have lower means."""
+Of 40 held-out cases of the Decathlon's hippocampus (Dice 0.82 to 0.94), whose lowest mean is 0.91, none is flagged. Of
+20 of them turned by 90 degrees, with slices in random order, or with noise alone all are flagged (mean Dice below
+0.17), of mirrored ones 18 (0.14), of noisy ones 7 (0.70). Structures that are mostly outline, as small lesions, have
+lower means."""
 SAMPLES = 2**20
 """Voxels of an image that are kept, at the most about, to be looked at again when its mask is there."""
 

@@ -128,8 +128,9 @@ class CohortStats(Record):
     def as_csv(self) -> str:
         """A table with one row a case and label; of a failed case one row with its reason.
 
-        What is not known (the intensities of an empty label) is left empty. Of images of several channels, the columns
-        of intensities end in the channel's number, from 0.
+        Of a mask without names that marks nothing there is one row too, with neither label nor reason. What is not
+        known (the intensities of an empty label) is left empty. Of images of several channels, the columns of
+        intensities end in the channel's number, from 0.
         """
         text = text_io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -143,7 +144,7 @@ class CohortStats(Record):
                 found += [""] * (len(measured) - len(found))
                 values = "+".join(map(str, stats.values))
                 writer.writerow([case.case, stats.label, values, *_cells(stats), *found, ""])
-            if case.reason:
+            if not case.labels:
                 blank = [""] * (2 + len(_COLUMNS) + len(measured))
                 writer.writerow([case.case, *blank, " ".join(case.reason.split())])
         return text.getvalue()
@@ -243,7 +244,7 @@ def _found(mask: Mask) -> Labels | None:
     Raises:
         InputError: it holds more than 254 values.
     """
-    values = {int(value) for value in np.unique(mask.array)} - {0}
+    values = set[int]().union(*(np.unique(plane).tolist() for plane in mask.array)) - {0}
     where = mask.paths[0] if mask.paths else "mask"
     return Labels.checked({"values": {f"label_{v}": v for v in sorted(values)}}, where) if values else None
 

@@ -646,6 +646,64 @@ def test_probabilities_of_regions(package: ModelPackage, images: Path, tmp_path:
     np.testing.assert_array_equal(found > 0.5 + 1e-5, io.read_mask(tmp_path / "a.nii.gz").array == 5)
 
 
+# Flags
+
+
+def test_what_is_unusual_about_a_case_stands_in_the_table(package: ModelPackage, images: Path, tmp_path: Path) -> None:
+    """Of b the voxels are twice as far apart along one axis, and a hundred times as bright."""
+    image = nibabel.load(images / "b.nii.gz")
+    affine = image.affine.copy()
+    affine[:, 2] *= 2
+    save(images / "b.nii.gz", np.asarray(image.dataobj) * np.float32(100), affine)
+    model, out = untrained(package), tmp_path / "out"
+    first = predict_cases(model, find_cases(images), out)
+    again = predict_cases(model, find_cases(images), out)
+    assert statuses(again) == {"a": "kept", "b": "kept"}
+    with (out / "cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for result, kept, row in zip(first, again, rows, strict=True):
+        assert row["qc_flags"].split(";") == list(result.qc_flags) == list(kept.qc_flags)
+        mask = io.read_mask(out / result.output)
+        array = mask.geometry.to("RAS").apply(mask.array)
+        for name, value in (("organ", 1), ("lesion", 5)):
+            own = array == value
+            ends = [own[0], own[-1], own[:, 0], own[:, -1], own[:, :, 0], own[:, :, -1]]
+            names = ("left", "right", "posterior", "anterior", "inferior", "superior")
+            faces = "+".join(face for face, end in zip(names, ends, strict=True) if end.any())
+            assert (f"empty:{name}" in result.qc_flags) == (not own.any())
+            assert (f"touches_border:{name}:{faces}" in result.qc_flags) == bool(faces)
+    a, b = (set(result.qc_flags) for result in first)
+    of_image = {"spacing:z:high", f"intensity:{package.plan.channels[0]}:high"}
+    assert not a & of_image
+    assert of_image <= b
+    assert any(flag.startswith("margin:") for flag in a), "a network that was not trained is not sure"
+
+
+def test_without_ranges_a_case_has_the_flags_that_need_none(
+    package: ModelPackage, images: Path, tmp_path: Path
+) -> None:
+    bare = replace(package, manifest=package.manifest.model_copy(update={"ranges": None}))
+    full, less = (
+        predict_cases(untrained(each), find_cases(images), tmp_path / name)
+        for name, each in (("full", package), ("less", bare))
+    )
+    for one, other in zip(full, less, strict=True):
+        kinds = ("empty:", "touches_border:", "margin:")
+        assert other.qc_flags == tuple(flag for flag in one.qc_flags if flag.startswith(kinds))
+
+
+def test_regions_have_margins_and_their_labels_the_other_flags(
+    package: ModelPackage, images: Path, tmp_path: Path
+) -> None:
+    labels = Labels(values={"organ": 1, "lesion": 5}, regions={"whole": (1, 5), "core/1": (5,)})
+    model = untrained(package, labels=labels, region_order=(1, 5))
+    for result in predict_cases(model, find_cases(images), tmp_path):
+        subjects = {tuple(flag.split(":")[:2]) for flag in result.qc_flags}
+        assert {name for kind, name in subjects if kind == "margin"} <= {"whole", "core/1"}
+        assert {name for kind, name in subjects if kind != "margin"} <= {"organ", "lesion"}
+        assert any(kind == "margin" for kind, _ in subjects)
+
+
 def test_a_disk_without_room_for_probabilities_fails_the_case_alone(
     predictor: Predictor, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from medseg.package import (
     zip_package,
 )
 from medseg.plan import Configuration, NetworkPlan, Normalisation, Plan, TrainingPlan
+from medseg.quality import Range, Ranges
 from medseg.records import digest_file
 from medseg.volume import Labels
 
@@ -467,3 +468,21 @@ def test_a_package_of_before_cascades_loads(folder: Path) -> None:
         del fold["source"]
     (folder / "package.json").write_text(json.dumps(body))
     assert same(load_package(folder), loaded)
+
+
+def test_ranges_of_the_training_data_are_kept_and_older_packages_have_none(folder: Path, tmp_path: Path) -> None:
+    known = Range(low=1, high=2)
+    ranges = Ranges(
+        cases=3,
+        spacing_mm=(known, known, known),
+        volumes_ml={"a": known},
+        components={"a": 1},
+        intensities=(known,),
+    )
+    contents = {0: safetensors.torch.save(weights_of(plan_of(), 0))}
+    save_package(tmp_path / "new", "Heart", plan_of(), "2d", {0: FOLD}, contents, {}, ranges)
+    assert load_package(tmp_path / "new").manifest.ranges == ranges
+    body = json.loads((folder / "package.json").read_text())
+    assert body.pop("ranges") is None
+    (folder / "package.json").write_text(json.dumps(body))
+    assert load_package(folder).manifest.ranges is None

@@ -27,6 +27,7 @@ from PIL import Image
 from medseg import patches, pipeline, records, train
 from medseg.dataset import Dataset
 from medseg.errors import DatasetError, InputError, MedsegError, PlanError
+from medseg.fingerprint import Fingerprint
 from medseg.io import read_mask, read_volume
 from medseg.networks import ARCHITECTURES
 from medseg.package import load_package
@@ -34,6 +35,7 @@ from medseg.phantom import make_dataset
 from medseg.pipeline import RunResult, plan_station, run, train_station
 from medseg.plan import Plan
 from medseg.planning import override_plan
+from medseg.quality import ranges_of
 from medseg.records import TEMPORARY_PREFIX
 from medseg.train import TrainSettings
 
@@ -131,6 +133,21 @@ def test_everything_is_there(tiny_run: RunResult) -> None:
     dice = record["folds"]["0"]["dice"]
     assert dice == pytest.approx(record["mean"]["dice"], abs=1e-4), "one fold: the same mean"
     assert f"| {dice:.4f} |" in (out / "package" / "README.md").read_text()
+
+
+def test_the_package_knows_the_ranges_of_the_training_data(
+    tiny_run: RunResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, plan = load_package(tiny_run.package).manifest, Plan.load(tiny_run.out / "plan.json")
+    fingerprint = Fingerprint.load(tiny_run.out / "fingerprint.json")
+    assert manifest.ranges == ranges_of(fingerprint)
+    assert manifest.ranges is not None
+    assert (manifest.ranges.cases, set(manifest.ranges.components)) == (6, {"organ", "lesion"})
+    assert pipeline._ranges(tmp_path, plan) is None
+    fingerprint.model_copy(update={"empty_cases": 1}).save(tmp_path / "fingerprint.json")
+    caplog.clear()
+    assert pipeline._ranges(tmp_path, plan) is None
+    assert "is not the plan's" in caplog.text
 
 
 def test_a_plan_for_another_machine(phantom_dataset: Path, tmp_path: Path) -> None:

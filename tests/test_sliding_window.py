@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medseg.errors import InputError
-from medseg.resample import resample_image
+from medseg.resample import Slab, resample_image
 from medseg.sliding_window import (
+    Margins,
     Network,
     buffer_bytes,
     gaussian,
@@ -513,3 +514,56 @@ def test_too_little_memory_for_openvino() -> None:
     with pytest.raises(RuntimeError) as failure:
         openvino.Tensor(openvino.Type.f32, [10**15])
     assert is_out_of_memory(failure.value)
+
+
+# ---- margins ---------------------------------------------------------------------------------------------------------
+
+
+def slab_of(logits: NDArray[np.float64]) -> Slab:
+    """A slab of the voxels (n, classes) of one row."""
+    row = torch.from_numpy(logits.astype(np.float32))[np.newaxis, np.newaxis]
+    return Slab(0, 0, 1, (0, 1), row)
+
+
+def test_the_margin_of_a_class_is_the_mean_over_the_voxels_that_it_wins() -> None:
+    odds = np.array([[0.1, 0.7, 0.2], [0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])  # 0.7 - 0.2, 0.5 - 0.3; background has none
+    margins = Margins(3, regions=False)
+    slab = slab_of(np.log(odds) + 5)
+    before = slab.logits.clone()
+    assert list(margins.watch([slab], (1, 1, 3))) == [slab]
+    assert torch.equal(slab.logits, before)
+    assert margins.means == {1: pytest.approx(0.35)}
+
+
+def test_the_margin_of_a_region_is_that_of_its_probability() -> None:
+    odds = np.array([[0.9, 0.6, 0.1], [0.7, 0.5, 0.2], [0.1, 0.2, 0.3]])  # |2 p - 1|: 0.8 and 0.4; 0.2; 0.5 is a tie
+    margins = Margins(3, regions=True)
+    list(margins.watch([slab_of(np.log(odds / (1 - odds)))], (1, 1, 3)))
+    assert margins.means == {0: pytest.approx(0.6), 1: pytest.approx(0.2)}
+
+
+def test_nothing_found_has_no_margin() -> None:
+    margins = Margins(2, regions=False)
+    list(margins.watch([slab_of(np.array([[1.0, 0.0], [0.0, 0.0]]))], (1, 1, 2)))
+    assert margins.means == {}
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("chunk", [1, 500, 2**25])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_margins_are_the_same_for_every_cutting(
+    blocks: int, chunk: int, regions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medseg.sliding_window.CHUNK_BYTES", chunk)
+    image, network = image_of((13, 11, 12)), convolution(1)
+    whole = joined([network], image, (6, 5, 4)).reshape(3, -1).astype(np.float64)
+    margins = Margins(3, regions=regions)
+    for slab in margins.watch(slabs([network], image, (6, 5, 4), blocks=blocks), image.shape[1:]):
+        assert slab.logits.shape[0] == slab.stop - slab.start
+    if regions:
+        expected = {n: np.tanh(row[row > 0] / 2).mean() for n, row in enumerate(whole)}
+    else:
+        odds = np.exp(whole) / np.exp(whole).sum(axis=0)
+        _, second, first = np.sort(odds, axis=0)
+        expected = {n: (first - second)[odds.argmax(axis=0) == n].mean() for n in (1, 2)}
+    assert margins.means == pytest.approx(expected, rel=1e-5)

@@ -280,6 +280,16 @@ def test_the_table_has_a_row_a_case_and_label(folders: tuple[Path, Path], tmp_pa
     assert {name for name, cell in bad.items() if cell} == {"case", "reason"}
 
 
+def test_a_mask_of_nothing_has_its_row(tmp_path: Path) -> None:
+    image, mask = example()
+    found = measure_folders(
+        save(tmp_path / "a.nii.gz", image.array[0]), save(tmp_path / "masks" / "a.nii.gz", np.zeros_like(mask.array))
+    )
+    assert found.failed == {}
+    (row,) = csv.DictReader(found.as_csv().splitlines())
+    assert {name for name, cell in row.items() if cell} == {"case"}
+
+
 def test_the_columns_of_several_channels_are_numbered(tmp_path: Path) -> None:
     image, mask = example()
     for channel in range(2):
