@@ -243,8 +243,13 @@ class _Wanted:
         raise InputError(path, "holds no DICOM image", "a series of CT, MR or PET images")
 
     def folder(self, path: Path) -> list[Case]:
-        """The cases of a folder: its images, or the studies in it and below it."""
+        """The cases of a folder: its images, or the studies in it and below it; pictures beside DICOM are previews."""
         files = [] if self.patterns else _images_of(path.iterdir(), path)
+        others = [child for child in path.iterdir() if io.suffix_of(child) == ".dcm"] if files else []
+        if others and io.is_picture(files[0]):
+            files = []
+        elif others:
+            log.warning("%s: %d files of DICOM beside images are passed over", path, len(others))
         if cases := _group_channels(files) if files else self.studies(path):
             return cases
         inner = (child for child in sorted(path.iterdir()) if child.is_dir() and _images_of(child.iterdir(), child))
@@ -310,9 +315,11 @@ class _Wanted:
         return replace(self.of_row(case.paths, case.id), id=case.id)
 
     def studies(self, place: Path) -> list[Case]:
-        """A case a study of a folder, zip or file; none where there is no series."""
+        """A case a study of a folder, zip or file; none where there is no DICOM."""
         try:
             found = dicom.scan(place)
+            if not found.series and set(found.passed_over) - {"no DICOM"}:
+                dicom.select(found)  # says what there is instead
         except InputError as failure:
             return [_failing(str(place), place, failure)]
         studies: dict[str, list[Series]] = {}

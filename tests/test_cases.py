@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from dicoms import write_series
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medseg.cases import Shard, files_of, find_cases, mask_name, probability_name, require_apart
+from medseg import io
+from medseg.cases import (
+    MASK_FORMATS,
+    Shard,
+    files_of,
+    find_cases,
+    mask_name,
+    mask_names,
+    probability_name,
+    require_apart,
+)
 from medseg.dataset import Case
-from medseg.errors import DatasetError, InputError
+from medseg.errors import DatasetError, IncompleteSeries, InputError
+from medseg.io import dicom
+from medseg.io.dicom import Series
 
 
 def names(cases: list[Case]) -> dict[str, list[str]]:
-    return {case.id: [path.name for path in case.images] for case in cases}
+    return {case.id: [path.name for path in case.paths] for case in cases}
 
 
 def touch(folder: Path, *files: str) -> Path:
@@ -113,7 +132,7 @@ def test_a_pattern_groups_channels(tmp_path: Path) -> None:
     touch(tmp_path, "one/t_0000.nii", "one/t_0001.nii", "two/t_0000.nii", "two/t_0001.nii")
     found = find_cases(f"{tmp_path}/*/*.nii")
     assert names(found) == {name: ["t_0000.nii", "t_0001.nii"] for name in ("one_t", "two_t")}
-    assert [path.parent.name for path in found[1].images] == ["two", "two"]
+    assert [path.parent.name for path in found[1].paths] == ["two", "two"]
 
 
 def test_a_file_with_the_letters_of_a_pattern_in_its_name_is_a_file(tmp_path: Path) -> None:
@@ -165,6 +184,192 @@ def test_a_table_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_bytes(b"image\n\xff\xfe\n")
     with pytest.raises(InputError, match="CSV file in UTF-8"):
         find_cases(tmp_path / "list.csv")
+
+
+# DICOM
+
+
+VOXELS = np.arange(4 * 3 * 2, dtype=np.int16).reshape(4, 3, 2)
+
+
+def study(folder: Path, **descriptions: str) -> Path:
+    """A folder with a series a word, in a folder each: UIDs 1.2.NAME.1 on; the study is the folder's name."""
+    number = int.from_bytes(folder.name.encode()) % 10**9
+    for index, (name, description) in enumerate(descriptions.items(), start=1):
+        described = partial(setattr_of, "SeriesDescription", description)
+        uids = {"uid": f"1.2.{number}.{index}", "study_uid": f"1.2.{number}"}
+        write_series(folder / name, VOXELS, change=described, **uids)
+    return folder
+
+
+def setattr_of(keyword: str, value: str, dataset: Any, k: int) -> None:
+    setattr(dataset, keyword, value)
+
+
+def uneven(folder: Path) -> Path:
+    write_series(folder, np.zeros((4, 3, 4), np.int16), offsets=(0, 1, 2, 4), uid="1.9.1", study_uid="1.9")
+    return folder
+
+
+def uids(cases: list[Case]) -> list[list[str]]:
+    return [[image.uid.rpartition(".")[2] for image in case.images if isinstance(image, Series)] for case in cases]
+
+
+def test_each_study_of_a_folder_or_zip_is_a_case(tmp_path: Path) -> None:
+    for name in ("anna", "bob"):
+        study(tmp_path / "in" / name, t1="T1")
+    cases = find_cases(tmp_path / "in")
+    assert uids(cases) == [["1"], ["1"]]
+    assert all(re.fullmatch(r"series_[0-9a-f]{12}", case.id) for case in cases)
+    assert [case.id for case in cases] == [io.name_of(case.images[0]) for case in cases]
+    packed = Path(shutil.make_archive(str(tmp_path / "in"), "zip", tmp_path / "in"))
+    assert [case.id for case in find_cases(packed)] == [case.id for case in cases]
+    assert list(files_of(find_cases(packed)[0])) == [packed]
+    assert len(list(files_of(cases[0]))) == VOXELS.shape[2]
+
+
+def test_folders_files_and_zips_of_dicom_match_a_pattern(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("anna", "bob"):
+        study(tmp_path / name, t1="T1")
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path, "notes.txt")
+    both = find_cases(f"{tmp_path}/*/")
+    assert len(both) == 2
+    assert "empty: holds no image, and is passed over" in caplog.text
+    assert [case.id for case in find_cases(tmp_path / "anna", f"{tmp_path}/*")] == [case.id for case in both]
+    shutil.make_archive(str(tmp_path / "zips" / "x"), "zip", tmp_path / "bob")
+    assert [case.id for case in find_cases(f"{tmp_path}/zips/*.zip")] == [both[1].id]
+    with pytest.raises(InputError, match="matches no image"):
+        find_cases(f"{tmp_path}/emp*")
+
+
+def test_files_of_one_series_are_no_cases_of_their_own(tmp_path: Path) -> None:
+    files = sorted((study(tmp_path / "a", t1="T1") / "t1").iterdir())
+    (case,) = find_cases(files[0])
+    assert io.name_of(case.images[0]) == case.id
+    with pytest.raises(InputError, match=r"several images: .*Give the folder that holds all files of the series"):
+        find_cases(*files)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "found"),
+    [
+        (["t1*"], [["1"], ["1"]]),
+        (["*ce", "T2"], [["2", "3"], ["2", "3"]]),  # one a channel, in this order
+        (["t2", "t1 ce"], [["3", "2"], ["3", "2"]]),
+    ],
+)
+def test_patterns_pick_the_series_of_every_study(patterns: list[str], found: list[list[str]], tmp_path: Path) -> None:
+    first, second = ("T1", "x") if patterns == ["t1*"] else ("T1 x", "T1 ce")
+    for name in ("anna", "bob"):
+        study(tmp_path / name, a=first, b=second, c="T2")
+    assert uids(find_cases(tmp_path, series=patterns)) == found
+
+
+def test_a_uid_picks_one_series_of_one_study(tmp_path: Path) -> None:
+    for name in ("anna", "bob"):
+        study(tmp_path / name, a="T1", b="T1")
+    wanted = dicom.scan(tmp_path / "bob").series[1]
+    for pattern in (wanted.uid, wanted.name):
+        (case,) = find_cases(tmp_path, series=[pattern])
+        assert case.id == wanted.name
+
+
+def test_a_study_that_leaves_the_choice_open_fails_alone(tmp_path: Path) -> None:
+    study(tmp_path / "anna", a="T1", b="T2")
+    study(tmp_path / "bob", a="T1")
+    uneven(tmp_path / "carl")
+    cases = find_cases(tmp_path)
+    reasons = {}
+    for case in cases:
+        try:
+            io.read_volume(case.images)
+        except InputError as failure:
+            reasons[case.id] = str(failure)
+    assert len(cases) == 3
+    several, crooked = reasons.values()
+    assert "2 series could be meant: 1.2." in several
+    assert "series 1.9.1: " in crooked
+    assert len(find_cases(tmp_path, resample_irregular=True)) == 3
+    (case,) = find_cases(tmp_path / "carl", resample_irregular=True)
+    assert io.read_volume(case.images).array.shape[3] == 5
+
+
+def test_a_study_alone_is_refused_at_once(tmp_path: Path) -> None:
+    study(tmp_path / "anna", a="T1", b="T2")
+    with pytest.raises(IncompleteSeries, match=r"anna: 2 series could be meant: 1\.2\.\d+\.1 .*UID"):
+        find_cases(tmp_path / "anna")
+    with pytest.raises(IncompleteSeries, match="no series is called 'T3'"):
+        find_cases(tmp_path / "anna", series=["T3"])
+    with pytest.raises(IncompleteSeries, match=r"series 1\.9\.1"):
+        find_cases(uneven(tmp_path / "carl"))
+    study(tmp_path / "bob", a="T1", b="T2")
+    with pytest.raises(IncompleteSeries, match="the first of 3 that cannot be used"):
+        find_cases(tmp_path)
+    write_series(tmp_path / "shots", VOXELS, change=partial(setattr_of, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.7"))
+    with pytest.raises(IncompleteSeries, match="2 x secondary capture"):
+        find_cases(tmp_path / "shots")
+    (tmp_path / "bad.zip").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"bad\.zip"):
+        find_cases(tmp_path / "bad.zip")
+
+
+def test_images_come_before_dicom_below_them_unless_a_series_is_named(tmp_path: Path) -> None:
+    touch(study(tmp_path, t1="T1"), "a.nii.gz")
+    assert names(find_cases(tmp_path)) == {"a": ["a.nii.gz"]}
+    assert uids(find_cases(tmp_path, series=["T1"])) == [["1"]]
+    with pytest.raises(InputError, match=r"--series: picks series of DICOM, and .*a\.nii\.gz is none"):
+        find_cases(tmp_path / "a.nii.gz", series=["T1"])
+
+
+def test_previews_beside_dicom_are_passed_over(tmp_path: Path) -> None:
+    touch(study(tmp_path, t1="T1") / "t1", "preview.png")
+    assert uids(find_cases(tmp_path / "t1")) == [["1"]]
+
+
+def test_a_table_names_cases_of_dicom_and_their_series(tmp_path: Path) -> None:
+    study(tmp_path / "anna", a="T1", b="T2")
+    text = "case;image;series_1;series_0\nx;anna;T1;t2\ny;anna/a;;\nz;anna;;\n;anna/b;;\nw;gone.nii;;\n"
+    cases = find_cases(table(tmp_path / "list.csv", text))
+    assert [case.id for case in cases][:3] == ["x", "y", "z"]
+    assert uids([case for case in cases if case.id != "z"]) == [["2", "1"], ["1"], ["2"], []]
+    assert cases[3].id == io.name_of(cases[3].images[0])
+    assert cases[4].paths == (tmp_path / "gone.nii",)
+    with pytest.raises(InputError, match="2 series could be meant"):
+        io.read_volume(cases[2].images)
+    text = "image_0,image_1\nanna/a,anna/b\n"
+    assert uids(find_cases(table(tmp_path / "two.csv", text))) == [["1", "2"]]
+    with pytest.raises(InputError, match="row 2: has 2 images and 1 series"):
+        find_cases(tmp_path / "two.csv", series=["T1"])
+
+
+def test_test_images_of_a_dataset_may_be_folders(phantom_dataset: Path, tmp_path: Path) -> None:
+    study(tmp_path / "anna", a="T1")
+    image = next((phantom_dataset / "imagesTr").iterdir())
+    label = phantom_dataset / "labelsTr" / image.name
+    training = [{"image": str(image), "label": str(label)}]
+    body = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "organ"}, "test": ["anna"]}
+    (tmp_path / "dataset.json").write_text(json.dumps({**body, "training": training}))
+    (case,) = find_cases(tmp_path / "dataset.json")
+    assert (case.id, uids([case])) == ("anna", [["1"]])
+
+
+def test_the_folders_of_series_are_no_place_for_masks(tmp_path: Path) -> None:
+    cases = find_cases(study(tmp_path / "in" / "anna", t1="T1"))
+    require_apart(cases, tmp_path / "in")
+    require_apart(cases, tmp_path / "in" / "anna" / "masks")
+    for place in (tmp_path / "in" / "anna", tmp_path / "in" / "anna" / "t1"):
+        with pytest.raises(InputError, match="holds input images, as anna"):
+            require_apart(cases, place)
+    packed = Path(shutil.make_archive(str(tmp_path / "zips" / "x"), "zip", tmp_path / "in"))
+    with pytest.raises(InputError, match=r"as x\.zip"):
+        require_apart(find_cases(packed), tmp_path / "zips")
+
+
+def test_masks_in_several_formats_have_names_of_their_own() -> None:
+    case = Case("a", (Path("x.nii"),), None)
+    assert mask_names(case, MASK_FORMATS) == ("a.nii.gz", "a.dcm", "a.seg.nrrd", "a.nrrd", "a.mha")
+    assert mask_names(Case("a", (Path("x.tiff"),), None), ("nii.gz", "nrrd")) == ("a.tif", "a.nrrd")
 
 
 # Names and files
