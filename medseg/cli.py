@@ -7,6 +7,7 @@ usage or nothing usable found, 3 finished but some cases failed or are unusable,
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import re
@@ -28,11 +29,14 @@ from medseg.errors import InputError, MedsegError, TrainingError
 
 if TYPE_CHECKING:  # the rest is imported by the command that needs it: `medseg --help` stays fast
     from medseg.cases import Shard
+    from medseg.dataset import Case
     from medseg.evaluate import Evaluation
+    from medseg.io.dicom import Scan, Series
     from medseg.pipeline import RunResult
     from medseg.plan import Plan
     from medseg.recipe import Recipe
     from medseg.train import TrainSettings
+    from medseg.volume import Labels
 
 NOTICE = "Research software, not a medical device."
 _REMEDY_FOR_ALL = "run again with -v for the traceback, and report it with the log"
@@ -58,13 +62,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+dicom_app = typer.Typer(
+    help="Say what a folder of DICOM files holds.",
+    epilog=_examples("medseg dicom scan study"),
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(dicom_app, name="dicom")
 
 
 @functools.lru_cache(maxsize=4)
 def _console_on(stream: TextIO) -> Console:
     """One console a stream, so that log lines and progress bars know of each other; no wrapping but on a terminal."""
     width = None if stream.isatty() else 10_000
-    return Console(file=stream, width=width, highlight=False, soft_wrap=True)
+    return Console(file=stream, width=width, highlight=False, soft_wrap=True, emoji=False)
 
 
 def _console(*, stderr: bool) -> Console:
@@ -106,6 +118,27 @@ Overrides = Annotated[
 ]
 SkipBadCases = Annotated[bool, typer.Option("--skip-bad-cases", help="Go on without unusable cases.")]
 Tolerance = Annotated[float, typer.Option(metavar="MM", help="Surface distance, mm, that NSD lets pass.", min=0.0)]
+LabelsFrom = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels",
+        metavar="PLACE",
+        help="Names of the labels: a model package, a dataset.json, or a table (Slicer .csv, ITK-SNAP, dseg.tsv).",
+        show_default="the mask's own",
+    ),
+]
+SeriesOfOne = Annotated[
+    str,
+    typer.Option(
+        metavar="UID|PATTERN",
+        help="Which DICOM series, as `medseg dicom scan` lists them.",
+        show_default="the only one",
+    ),
+]
+SegType = Annotated[Literal["binary", "labelmap"], typer.Option(help="Of DICOM SEG; few viewers know labelmap yet.")]
+AllowUncoded = Annotated[
+    bool, typer.Option("--allow-uncoded", help="Write labels without SNOMED CT code into DICOM SEG.")
+]
 Mirror = Annotated[
     bool, typer.Option("--mirror", help="Average over mirrored images: two to eight times the time, a little better.")
 ]
@@ -354,23 +387,68 @@ def end_script(evaluation: Evaluation) -> None:
     _end_with(evaluation)
 
 
-@app.command(epilog=_examples("medseg check Task04_Hippocampus", "medseg check Task04_Hippocampus --json"))
+@dicom_app.command(
+    "scan",
+    epilog=_examples(
+        "medseg dicom scan study",
+        "medseg dicom scan study.zip --json",
+        "medseg predict study -m liver/package -o masks --series '*portal*'   # one of those listed",
+    ),
+)
+@as_command
+def scan_dicom(
+    place: Annotated[Path, typer.Argument(metavar="PLACE", help="Folder, zip or file; folders below it too.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the DICOM series of a folder or zip, and why some are no use.
+
+    Reads headers alone. Masks are named after the first column, a digest of the series UID, as descriptions may tell of
+    the patient: they are shown here and nowhere else. What is no volume (scouts, screenshots, reports) is counted.
+
+    Exit code 3 when some series cannot be used, 2 when none can.
+    """
+    from medseg.io import dicom
+
+    found = dicom.scan(place)
+    if as_json:
+        print(json.dumps(_scan_body(found), indent=2))
+    else:
+        _print_scan(found)
+    usable = sum(not series.reason for series in found.series)
+    if usable < len(found.series) or not usable:
+        raise typer.Exit(3 if usable else 2)
+
+
+@app.command(
+    epilog=_examples(
+        "medseg check Task04_Hippocampus",
+        "medseg check Task04_Hippocampus --json",
+        "medseg check study                     # DICOM, or a folder of images: what `medseg predict` would refuse",
+    )
+)
 @as_command
 def check(
-    dataset: DatasetArgument,
+    place: Annotated[
+        Path, typer.Argument(metavar="DATASET", help="Folder with a dataset.json; or images, a DICOM folder or zip.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Name every fault of a dataset at once, with a remedy.
 
-    Reads every file. Exit code 3 when cases are unusable; `medseg run --skip-bad-cases` goes on without them.
+    Reads every file. Exit code 3 when cases are unusable; `medseg run --skip-bad-cases` goes on without them. Of images
+    without a dataset.json, and of DICOM series, it says which cannot be segmented.
     """
     from medseg.check import check as check_dataset
+    from medseg.check import check_images
     from medseg.dataset import Dataset
 
+    is_dataset = place.suffix == ".json" or (place / "dataset.json").is_file()
     with Show(quiet) as show:
-        findings = check_dataset(Dataset.open(dataset), show)
+        findings = check_dataset(Dataset.open(place), show) if is_dataset else check_images(_images_at(place), show)
     output = _console(stderr=False)
     if as_json:
         print(findings.model_dump_json(indent=2))
@@ -492,6 +570,7 @@ def train(
         "medseg predict scan.nii.gz -m hippocampus/package -o masks",
         "medseg predict scans -m hippocampus/package -o masks --mirror",
         "medseg predict 'patients/*/ct.nii.gz' -m liver/package -o masks --memory-limit 6GB",
+        "medseg predict study -m liver/package -o masks --series '*portal*' --format dicom-seg,nii.gz   # DICOM",
         "medseg predict list.csv -m liver/package -o masks --probabilities liver,tumour",
         "medseg predict Task04_Hippocampus/dataset.json -m hippocampus/package -o masks --shard 2/8",
     )
@@ -500,10 +579,31 @@ def train(
 def predict(
     images: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT", help="Image, folder of images, 'pattern', dataset.json or CSV file."),
+        typer.Argument(
+            metavar="INPUT", help="Image, folder of images or of DICOM, zip, 'pattern', dataset.json or CSV file."
+        ),
     ],
     model: Annotated[Path, typer.Option("--model", "-m", metavar="PACKAGE", help="Model package, folder or zip.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the masks.")],
+    series: Annotated[
+        list[str],
+        typer.Option(
+            metavar="UID|PATTERN",
+            help="Which DICOM series of a study, as `medseg dicom scan` lists them; once a channel.",
+            show_default="the only one",
+        ),
+    ] = [],  # noqa: B006 - Typer needs a list, and copies it
+    resample_irregular: Annotated[
+        bool, typer.Option("--resample-irregular", help="Take DICOM series with tilted or uneven slices too.")
+    ] = False,
+    resample_channels: Annotated[
+        bool, typer.Option("--resample-channels", help="Bring the channels of an image to the grid of the first.")
+    ] = False,
+    formats: Annotated[
+        str, typer.Option("--format", metavar="FORMAT,...", help="nii.gz, dicom-seg, seg.nrrd, nrrd or mha.")
+    ] = "nii.gz",
+    seg_type: SegType = "binary",
+    allow_uncoded: AllowUncoded = False,
     mirror: Mirror = False,
     overlap: Annotated[
         float,
@@ -547,10 +647,13 @@ def predict(
     column case. Masks that are there, made from the same image and model, are kept; so the same command goes on after
     an interruption. Probabilities go into probabilities/CASE, as 16-bit NIfTI.
 
+    Of DICOM each study is a case, named series_ and a digest of the series' UID, and several channels are several
+    --series. A CSV file may have a column series (or series_0, series_1).
+
     Exit code 3 when cases failed; the reasons are in cases.csv. Several processes may share a list and a folder as
     shards; in a Slurm array each job takes its own.
     """
-    from medseg.batch import predict_cases
+    from medseg.batch import Outputs, predict_cases
     from medseg.cases import find_cases, require_apart
     from medseg.folder import writing_to
     from medseg.io import suffix_of
@@ -558,7 +661,9 @@ def predict(
 
     if out.is_file() or suffix_of(out):
         raise InputError(out, "names a file", "a folder: the masks are named after the images", "leave the name out")
-    cases = find_cases(*images)
+    chosen = {"formats": _words(formats), "seg_type": seg_type, "allow_uncoded": allow_uncoded}
+    outputs = Outputs.checked(chosen, "--format")
+    cases = find_cases(*images, series=series, resample_irregular=resample_irregular)
     require_apart(cases, out)
     part = _shard(shard)
     predictor = load(
@@ -569,10 +674,11 @@ def predict(
         engine=engine,
         precision=precision,
         memory_limit_mb=_megabytes(memory_limit, "--memory-limit") if memory_limit else None,
-        probabilities=tuple(name.strip() for name in probabilities.split(",") if name.strip()),
+        probabilities=_words(probabilities),
+        resample_channels=resample_channels,
     )
     with writing_to(out, part), Show(quiet) as show:
-        results = predict_cases(predictor, cases, out, shard=part, overwrite=overwrite, progress=show)
+        results = predict_cases(predictor, cases, out, outputs=outputs, shard=part, overwrite=overwrite, progress=show)
     output = _console(stderr=False)
     failed = [result for result in results if result.status == "failed"]
     if failed:
@@ -682,6 +788,7 @@ def evaluate(
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for scores.csv and evaluation.json.")
     ],
     tolerance_mm: Tolerance = 1.0,
+    labels: LabelsFrom = None,
     only_predicted: Annotated[
         bool, typer.Option("--only-predicted", help="Leave out references without a mask: they count as 0 otherwise.")
     ] = False,
@@ -691,19 +798,115 @@ def evaluate(
     """Score masks of any tool against references.
 
     Dice, NSD, HD95 and volumes of each case and class; needs no model. A reference without a mask, or with one on
-    another grid, counts as 0. Exit code 3 when there are such cases.
+    another grid, counts as 0. Exit code 3 when there are such cases. The segments of a DICOM SEG or .seg.nrrd are
+    matched by their names, other masks by their values.
     """
     from medseg.evaluate import evaluate_folders
 
+    names = _labels(labels)
     with Show(quiet) as show:
         result = evaluate_folders(
-            predictions, references, tolerance_mm=tolerance_mm, only_predicted=only_predicted, progress=show
+            predictions, references, names, tolerance_mm, only_predicted=only_predicted, progress=show
         )
     result.save(out / "evaluation.json")
     result.save_csv(out / "scores.csv")
     _print_scores(result)
     _console(stderr=False).print(f"scores: {out / 'scores.csv'}")
     _end_with(result)
+
+
+@app.command(
+    epilog=_examples(
+        "medseg convert masks/series_1f0c.nii.gz -o liver.dcm --reference study   # DICOM SEG",
+        "medseg convert liver.dcm -o liver.nii.gz --reference study",
+        "medseg convert mask.nii.gz -o mask.seg.nrrd --labels Task04_Hippocampus/dataset.json",
+    )
+)
+@as_command
+def convert(
+    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Mask; of DICOM SEG also its folder or zip.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="FILE", help=".nii.gz, .nii, .seg.nrrd, .nrrd, .mha, or .dcm (DICOM SEG)."),
+    ],
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="PLACE", help="Image that the mask belongs to: a file, or a folder or zip of DICOM."),
+    ] = None,
+    series: SeriesOfOne = "",
+    labels: LabelsFrom = None,
+    seg_type: SegType = "binary",
+    allow_uncoded: AllowUncoded = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a mask in another format, on the grid of its image.
+
+    Names of labels are the mask's own (DICOM SEG, .seg.nrrd, and .nii.gz from medseg), or come with --labels. A DICOM
+    SEG needs the DICOM series that it belongs to as --reference, and may hold no more than the slices with labels: with
+    --reference a mask made of one has the whole grid. Nothing is resampled: a mask of another grid is refused.
+    """
+    from medseg.convert import convert as convert_mask
+
+    convert_mask(
+        mask,
+        out,
+        reference=reference,
+        series=series,
+        labels=_labels(labels),
+        kind="LABELMAP" if seg_type == "labelmap" else "BINARY",
+        allow_uncoded=allow_uncoded,
+        overwrite=overwrite,
+    )
+    _console(stderr=False).print(escape(f"mask: {out}"))
+
+
+@app.command(
+    epilog=_examples(
+        "medseg stats scan.nii.gz mask.nii.gz",
+        "medseg stats scans masks -o stats.csv                    # a cohort: one row a case and label",
+        "medseg stats study liver.dcm --series '*portal*'",
+    )
+)
+@as_command
+def stats(
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="Image, folder of images, DICOM folder or zip, 'pattern' or list.")
+    ],
+    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Mask, or folder of masks with the images' names.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Table to write.", show_default="standard output"),
+    ] = None,
+    labels: LabelsFrom = None,
+    series: SeriesOfOne = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each number means.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what masks mark, label by label.
+
+    Volume in ml, mean, spread and percentiles of the intensities, pieces, bounding box, centroid and the borders of the
+    image that are touched, as one CSV table with a row a case and label. Nothing is resampled. Exit code 3 when cases
+    could not be measured; their rows say why.
+    """
+    from medseg.stats import measure_folders
+
+    with Show(quiet) as show:
+        result = measure_folders(image, mask, _labels(labels), series=(series,) if series else (), progress=show)
+    if out:
+        result.save_csv(out)
+    if as_json:
+        print(result.model_dump_json(indent=2))
+    elif out:
+        _console(stderr=False).print(escape(f"statistics: {out}"))
+    else:
+        print(result.as_csv(), end="")
+    for case, reason in result.failed.items():
+        _console(stderr=True).print(escape(f"not measured: {case}: {reason}"), style="red")
+    if result.failed:
+        raise typer.Exit(3)
 
 
 @app.command(epilog=_examples("medseg download Task04 -o data"))
@@ -812,6 +1015,24 @@ def _end_with(evaluation: Evaluation) -> None:
         raise typer.Exit(3)
 
 
+def _labels(place: Path | None) -> Labels | None:
+    from medseg.convert import labels_at
+
+    return labels_at(place) if place else None
+
+
+def _images_at(place: Path) -> list[Case]:
+    """Every image at a place; of DICOM every series, also those that cannot be used."""
+    from medseg import io
+    from medseg.cases import find_cases
+    from medseg.dataset import Case
+
+    has_files = place.is_dir() and any(io.suffix_of(path) and not io.is_dicom(path) for path in place.iterdir())
+    if has_files or not io.is_dicom(place):
+        return find_cases(place)
+    return [Case(series.name, (series,), None) for series in io.dicom.scan(place).series] or find_cases(place)
+
+
 def _print_run(result: RunResult) -> None:
     _print_scores(result.evaluation)
     output = _console(stderr=False)
@@ -845,6 +1066,68 @@ def _print_plan(made: Plan, target: Path) -> None:
             f"about {setup.estimated_memory_mb:.0f} MB"
         )
     output.print(f"plan: {target / 'plan.json'}")
+
+
+def _print_scan(found: Scan) -> None:
+    output = _console(stderr=False)
+    for study in dict.fromkeys(series.study_uid for series in found.series):
+        members = [series for series in found.series if series.study_uid == study]
+        output.print(f"study {study}")
+        header = ("series", "", "description", "slices", "size", "voxel mm", "axes", "transfer syntax", "")
+        _table(output, header, [_scan_row(series) for series in members])
+        for series in members:  # apart from the table, which would fold them in a narrow window: they are copied
+            output.print(escape(f"{series.name} = {series.key}"))
+        output.print()
+    for kind, count in found.passed_over.items():
+        output.print(escape(f"passed over: {count} {kind}"))
+    usable = sum(not series.reason for series in found.series)
+    output.print(f"{len(found.series)} series, {usable} usable")
+
+
+def _scan_row(series: Series) -> tuple[str, ...]:
+    grid = series.geometry
+    size, spacing, axes = ("", "", "")
+    if grid:
+        size, axes = "x".join(map(str, grid.shape)), grid.orientation
+        spacing = "x".join(f"{length:.4g}" for length in grid.spacing)
+    state = f"not usable: {series.reason}" if series.reason else "usable"
+    known = (series.name, series.modality, series.description)
+    return tuple(map(_visible, (*known, str(_slices(series)), size, spacing, axes, series.syntax, state)))
+
+
+def _scan_body(found: Scan) -> dict[str, Any]:
+    """A scan as JSON; what ``dicom scan --json`` prints."""
+    return {
+        "series": [
+            {
+                "name": series.name,
+                "study_uid": series.study_uid,
+                "uid": series.uid,
+                "part": series.part,
+                "modality": series.modality,
+                "description": series.description,
+                "slices": _slices(series),
+                "size": series.geometry and series.geometry.shape,
+                "spacing_mm": series.geometry and series.geometry.spacing,
+                "orientation": series.geometry and series.geometry.orientation,
+                "transfer_syntax": series.syntax,
+                "usable": not series.reason,
+                "reason": series.reason,
+                "irregular": series.irregular,
+            }
+            for series in found.series
+        ],
+        "passed_over": found.passed_over,
+    }
+
+
+def _slices(series: Series) -> int:
+    return series.geometry.shape[2] if series.geometry else len(series.instances)
+
+
+def _visible(text: str) -> str:
+    """Text from a file for a terminal: what would steer it, or turn the direction of writing, is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _table(output: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -913,6 +1196,11 @@ def _megabytes(text: str, option: str = "--memory-budget") -> float:
     if not match or float(match[1]) <= 0:
         raise InputError(option, f"{text!r} is no amount of memory", "a number with its unit, as 6GB or 900MB")
     return float(match[1]) * (1024 if match[2].upper().startswith("G") else 1)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """The words of a list with commas."""
+    return tuple(word for part in text.split(",") if (word := part.strip()))
 
 
 def _duration(seconds: float) -> str:

@@ -25,21 +25,24 @@ from typing import Any, get_args, get_type_hints
 import nibabel
 import numpy as np
 import pytest
+from dicoms import write_series
 from rich.console import Console
 from typer.testing import CliRunner
 
 import medseg
 from medseg import cli, pipeline, train
+from medseg import io as read
 from medseg.cli import app
 from medseg.engines import ENGINES, PRECISIONS, Quantisation
 from medseg.errors import InputError, TrainingError
 from medseg.phantom import make_dataset
 from medseg.pipeline import RunResult
 from medseg.plan import Plan
+from medseg.volume import Mask
 
 COMMANDS = (
     *("run", "check", "plan", "train", "predict", "import-nnunet", "quantise"),
-    *("evaluate", "download", "doctor", "demo"),
+    *("evaluate", "convert", "stats", "download", "doctor", "demo", "dicom"),
 )
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 
@@ -77,13 +80,17 @@ def test_help_lists_every_command_with_a_whole_sentence() -> None:
     assert medseg_().stderr.strip() == result.stdout.strip()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS[:-1], "dicom scan"])
 def test_help_of_a_command_says_what_it_does_and_gives_examples(command: str) -> None:
-    result = medseg_(command, "--help")
+    result = medseg_(*command.split(), "--help")
     assert result.exit_code == 0
     assert f"\n    medseg {command}" in result.stdout.partition("Examples:")[2]
     assert max(len(line) for line in result.stdout.partition("Examples:")[0].splitlines()) <= 80
     assert all(name in result.stdout for name in ("--verbose", "--quiet", "--help"))
+
+
+def test_help_of_dicom_names_its_commands() -> None:
+    assert re.search(r"^  scan +List .*\w\.$", medseg_("dicom", "--help").stdout, re.MULTILINE)
 
 
 def test_version() -> None:
@@ -345,7 +352,7 @@ def test_a_job_of_a_slurm_array_takes_its_share_and_says_so(
     assert "shard 2/2, as this job in its Slurm array" in result.stderr
     written = {path.name for path in (tmp_path / "out").iterdir()} - {".lock", ".lock-2-of-2"}
     own = {"cases-2-of-2.csv", "journal-2-of-2.jsonl", "run-2-of-2.json", "log-2-of-2.txt"}
-    assert written == own | {"phantom_008.nii.gz"}
+    assert written == own | {"phantom_008.nii.gz", "dseg.tsv", "labels.csv", "labels.txt"}
     result = medseg_(*arguments, "--shard", "1/1")  # what is said comes before what is found
     assert "Slurm" not in result.stderr
     assert "2 masks" in result.stdout
@@ -401,6 +408,143 @@ def test_quantise_tells_what_it_costs(phantom_dataset: Path, monkeypatch: pytest
     assert result.exit_code == 0
     assert re.search(r"^0123456789ab +32 +0\.9912 +1 +0\.9000 +0\.8986 +0\.0014", result.stdout, re.MULTILINE)
     assert re.search(r"^0123456789ab +32 +0\.9912 +0 +not measured", result.stdout, re.MULTILINE)
+
+
+# DICOM
+
+DESCRIPTION = "portal [bold]phase :smile:"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """A study of a CT and of two echoes of MR with hostile descriptions, another with a gap, and a file of text."""
+
+    def described(text: str, echo: float = 0) -> Callable[[Any, int], object]:
+        def change(dataset: Any, k: int) -> None:
+            dataset.SeriesDescription, dataset.FrameOfReferenceUID = text, "1.2.3.9"
+            if echo:
+                dataset.EchoTime = echo
+
+        return change
+
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 16, 8)).astype(np.int16)
+    folder = tmp_path / "study"
+    oblique = {"spacing": (0.5, 0.75, 3.0), "row": (0, 1, 0), "column": (0, 0, -1), "study_uid": "1.2.3"}
+    write_series(folder / "ct", voxels, **oblique, uid="1.2.3.1", change=described(DESCRIPTION))  # type: ignore[arg-type]
+    for echo in (4.5, 9):
+        name = f"mr{echo:g}"
+        change = described("T2 \x1b[31m\u202emap", echo)
+        write_series(folder / name, voxels, modality="MR", uid="1.2.3.2", study_uid="1.2.3", change=change)
+    write_series(folder / "gap", voxels, offsets=[0, 1, 2, 3, 4, 5, 7, 8], uid="1.2.4.1", study_uid="1.2.4")
+    (folder / "notes.txt").write_text("call back")
+    return folder
+
+
+def test_scan_lists_what_is_there(study: Path) -> None:
+    result = medseg_("dicom", "scan", study)
+    assert (result.exit_code, result.stderr) == (3, "")  # some are no use
+    lines = result.stdout.splitlines()
+    assert [line for line in lines if line.startswith("study")] == ["study 1.2.3", "study 1.2.4"]
+    rows = {
+        row[2]: row
+        for line in lines
+        if len(row := re.split(r" {2,}", line.strip())) > 5 and row[0].startswith("series_")
+    }
+    (name,) = (series.name for series in read.dicom.scan(study / "ct").series)
+    assert rows[DESCRIPTION] == [
+        *(name, "CT", DESCRIPTION, "8", "20x16x8", "0.5x0.75x3", "PIR"),
+        *("Explicit VR Little Endian", "usable"),
+    ]
+    assert f"{name} = 1.2.3.1" in lines
+    echoes = [line for line in lines if line.endswith(("1.2.3.2[EchoTime=4.5]", "1.2.3.2[EchoTime=9]"))]
+    assert len({line.split(" = ")[0] for line in echoes}) == 2
+    assert len(re.findall(r"not usable: .*2.00 mm", result.stdout)) == 1
+    assert "passed over: 1 no DICOM" in lines
+    assert lines[-1] == "4 series, 3 usable"
+    assert "\x1b" not in result.stdout
+    assert "\u202e" not in result.stdout
+    assert r"T2 \x1b[31m\u202emap" in result.stdout  # spelled out
+
+
+def test_scan_as_json_is_json_and_nothing_else(study: Path) -> None:
+    zipped = shutil.make_archive(str(study), "zip", study)
+    result = medseg_("dicom", "scan", zipped, "--json")
+    assert (result.exit_code, result.stderr) == (3, "")
+    found = json.loads(result.stdout)
+    assert found == json.loads(medseg_("dicom", "scan", study, "--json").stdout)
+    assert found["passed_over"] == {"no DICOM": 1}
+    (ct,) = (series for series in found["series"] if series["uid"] == "1.2.3.1")
+    assert re.fullmatch("series_[0-9a-f]{12}", ct.pop("name"))
+    places = {"study_uid": "1.2.3", "uid": "1.2.3.1", "part": ""}
+    grid = {"slices": 8, "size": [20, 16, 8], "spacing_mm": [0.5, 0.75, 3.0], "orientation": "PIR"}
+    facts = {"modality": "CT", "description": DESCRIPTION, "transfer_syntax": "Explicit VR Little Endian"}
+    assert ct == {**places, **facts, **grid, "usable": True, "reason": "", "irregular": ""}
+    (gap,) = (series for series in found["series"] if not series["usable"])
+    assert (gap["uid"], gap["size"], gap["slices"]) == ("1.2.4.1", None, 8)
+    assert gap["reason"]
+    assert {series["part"] for series in found["series"]} == {"", "EchoTime=4.5", "EchoTime=9"}
+
+
+def test_scan_ends_with_0_where_all_is_usable_and_with_2_where_nothing_is(study: Path, tmp_path: Path) -> None:
+    assert medseg_("dicom", "scan", study / "ct").exit_code == 0
+    assert medseg_("dicom", "scan", study / "gap").exit_code == 2
+    (tmp_path / "empty").mkdir()
+    nothing = medseg_("dicom", "scan", tmp_path / "empty")
+    assert (nothing.exit_code, nothing.stdout) == (2, "0 series, 0 usable\n")
+    assert medseg_("dicom", "scan", tmp_path / "nowhere").exit_code == 2
+
+
+def test_long_uids_are_not_cut_off_in_a_narrow_window(tmp_path: Path, terminal: Terminal) -> None:
+    uid = "1." + "2345678" * 8 + ".31416"  # 64 characters
+    write_series(tmp_path, np.ones((4, 4, 4), np.int16), uid=uid)
+    cli._print_scan(read.dicom.scan(tmp_path))
+    assert uid in terminal.getvalue().replace("\n", " ")
+
+
+def test_a_mask_becomes_a_segmentation_and_is_measured_and_scored(study: Path, tmp_path: Path) -> None:
+    ct, seg, mask = study / "ct", tmp_path / "liver.dcm", tmp_path / "liver.nii.gz"
+    image = read.read_volume(ct)
+    array = np.zeros(image.geometry.shape, np.uint8)
+    array[4:8, 4:8, 2:4] = 1
+    read.write_mask(Mask(array, image.geometry), mask)
+    (tmp_path / "dseg.tsv").write_text("index\tname\n1\tliver\n")
+    words = ("--reference", study, "--labels", tmp_path / "dseg.tsv")
+    shutil.rmtree(study / "gap")
+    assert "1.2.3.2[EchoTime=9]" in medseg_("convert", mask, "-o", seg, *words).stderr  # several: which one?
+    made = medseg_("convert", mask, "-o", seg, *words, "--series", "*portal*")
+    assert (made.exit_code, made.stdout, made.stderr) == (0, f"mask: {seg}\n", "")
+    refused = medseg_("convert", mask, "-o", seg, *words, "--series", "*portal*")
+    assert (refused.exit_code, "--overwrite" in refused.stderr) == (2, True)
+
+    found = medseg_("stats", study, seg, "--series", "*portal*", "-q")
+    assert (found.exit_code, found.stderr) == (0, "")
+    (row,) = csv.DictReader(io.StringIO(found.stdout))
+    assert (row["label"], row["voxels"], float(row["volume_ml"])) == ("liver", "32", 32 * 0.5 * 0.75 * 3 / 1000)
+    assert float(row["mean"]) == pytest.approx(image.array[0][array == 1].mean())
+    table = medseg_("stats", ct, mask, "-o", tmp_path / "stats.csv", "--labels", tmp_path / "dseg.tsv", "-q")
+    assert table.stdout == f"statistics: {tmp_path / 'stats.csv'}\n"
+    (same,) = csv.DictReader(io.StringIO((tmp_path / "stats.csv").read_text()))
+    assert {**same, "case": row["case"]} == row
+    assert json.loads(medseg_("stats", ct, mask, "--json").stdout)["cases"][0]["labels"][0]["voxels"] == 32
+    wrong = medseg_("stats", study / "mr9", mask)
+    assert (wrong.exit_code, "not measured: liver: " in wrong.stderr) == (3, True)
+
+    scored = medseg_("evaluate", seg, mask, "-o", tmp_path / "scores", "--labels", tmp_path / "dseg.tsv")
+    assert scored.exit_code == 0, scored.stderr
+    assert re.search(r"^liver +1\.0000", scored.stdout, re.MULTILINE)
+
+
+def test_check_says_which_images_cannot_be_segmented(study: Path, scans: Path) -> None:
+    result = medseg_("check", study)
+    assert result.exit_code == 3
+    (row,) = re.findall(r"^(series_\w+) +unreadable +unusable +(.*)", result.stdout, re.MULTILINE)
+    assert "2.00 mm" in row[1]
+    assert result.stdout.endswith("4 cases checked: 1 unusable, 1 findings in all\n")
+    assert medseg_("check", study / "ct").exit_code == 0
+    assert medseg_("check", scans).exit_code == 0
+    (scans / "b.nii.gz").write_bytes(b"no image")
+    result = medseg_("check", scans)
+    assert (result.exit_code, "b " in result.stdout) == (3, True)
 
 
 def test_evaluate_has_a_word_each_for_failed_and_for_not_scored(tiny_run: RunResult, tmp_path: Path) -> None:

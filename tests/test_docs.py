@@ -75,11 +75,12 @@ def parse(line: str) -> tuple[Callable[..., Any], dict[str, Any]] | None:
         name, command = words[1], get_command(script.get("app") or cli.recipe_app(script["RECIPE"]))
         arguments = words[2:]
     else:
-        group: Any = get_command(cli.app)
         if words[1] in ("--help", "-h", "--version"):
             return None
-        with group.make_context("medseg", words[1:]) as context:
-            name, command, arguments = group.resolve_command(context, words[1:])
+        name, command, arguments = "medseg", get_command(cli.app), words[1:]
+        while isinstance(command, typer.core.TyperGroup) and not {"--help", "-h"} & set(arguments[:1]):
+            with command.make_context(name, list(arguments)) as context:
+                name, command, arguments = command.resolve_command(context, arguments)  # type: ignore[assignment]
     if {"--help", "-h"} & set(arguments):
         return None
     with command.make_context(name, list(arguments)) as context:
@@ -106,17 +107,24 @@ def mentions() -> Iterator[str]:
     """Commands within sentences and tables, and those in help texts."""
     for path in DOCUMENTS:
         yield from INLINE.findall(FENCED.sub("", text_of(path)))
-    group: Any = get_command(cli.app)
-    for command in (group, *group.commands.values()):
+    for command in commands_of(get_command(cli.app)):
         yield from re.findall(r"^  (medseg .*)$", re.sub(r"\\\n\s*", "", command.epilog), re.MULTILINE)
+
+
+def commands_of(command: Any) -> Iterator[Any]:
+    """A command, and those below it."""
+    yield command
+    for below in getattr(command, "commands", {}).values():
+        yield from commands_of(below)
 
 
 @pytest.mark.parametrize("line", sorted(set(mentions())))
 def test_a_mentioned_command_exists_and_one_with_arguments_can_be_called_so(line: str) -> None:
-    words = shlex.split(line, comments=True)
-    if len(words) == 2 and not words[1].startswith("-"):
-        assert words[1] in get_command(cli.app).commands  # type: ignore[attr-defined]
-    else:
+    command: Any = get_command(cli.app)
+    words = shlex.split(line, comments=True)[1:]
+    while words and words[0] in getattr(command, "commands", {}):
+        command = command.commands[words.pop(0)]
+    if words or command.name == "medseg":
         parse(line)
 
 
