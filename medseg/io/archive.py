@@ -31,6 +31,7 @@ MAX_DEPTH = 64
 
 _CHUNK = 1 << 20
 _SAFE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others are unpacked without a limit on what comes out
+_FAILURES = (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 _REMEDY = "unpack it yourself if you trust it, and give the folder"
 
 
@@ -78,6 +79,12 @@ def is_zip(path: Path) -> bool:
         return False
 
 
+def damaged(instance: Instance) -> UnreadableFile:
+    """The error of an instance that cannot be read to its end."""
+    found = "a member of the zip is damaged" if instance.member else "cannot be read to its end"
+    return UnreadableFile(instance.path, found, "a whole file", "copy it again from its source")
+
+
 class Reader:
     """Opens instances; keeps the zip that it has open. Use it in one thread, and as a context.
 
@@ -93,32 +100,38 @@ class Reader:
 
     @contextlib.contextmanager
     def open(self, instance: Instance) -> Iterator[BinaryIO]:
-        """The bytes of an instance as a stream that can seek; it is quick to seek a little back.
+        """The bytes of an instance as a stream that can seek; of a member not all is checked against its CRC.
 
         Raises:
             UnreadableFile: it cannot be opened.
         """
         try:
             stream = self._member(instance) if instance.member else instance.path.open("rb")
-        except (OSError, zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError):
+        except _FAILURES:
             raise UnreadableFile(instance.path, "cannot be opened", "a readable file") from None
         with stream:
             yield stream
 
-    def content(self, instance: Instance, limit: int) -> bytes:
-        """All bytes of an instance.
+    def content(self, instance: Instance) -> bytes:
+        """All bytes of an instance; of a member no more than the zip declares, and checked against its CRC.
 
         Raises:
-            UnreadableFile: it is damaged, or longer than ``limit``.
+            UnreadableFile: it is damaged.
         """
-        with self.open(instance) as stream:
-            try:
-                content = stream.read(limit + 1)
-            except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
-                raise UnreadableFile(instance.path, "cannot be read to its end", "a whole file") from None
-        if len(content) > limit:
-            raise UnreadableFile(instance.path, "holds more bytes than it says", f"{limit:,}")
-        return content
+        try:
+            if instance.member:
+                return self._opened(instance.path).read(instance.member)
+            return instance.path.read_bytes()
+        except _FAILURES:
+            raise damaged(instance) from None
+
+    def head(self, instance: Instance, count: int) -> bytes:
+        """The first bytes of an instance that may be damaged further on; none where not even they can be read."""
+        try:
+            with self.open(instance) as stream:
+                return stream.read(count)
+        except (UnreadableFile, *_FAILURES):
+            return b""
 
     def size(self, instance: Instance) -> int:
         """Bytes of an instance; of a member as the zip declares it, beyond which it is not read."""

@@ -25,16 +25,19 @@ from medseg.errors import IncompleteSeries, InputError, UnreadableFile
 from medseg.geometry import Geometry
 from medseg.io import pixels, stack
 from medseg.io.archive import Instance, Reader, instances
-from medseg.io.frames import Frame, Image, headers_of, image_of
+from medseg.io.frames import UNREADABLE, Frame, Image, headers_of, image_of
 from medseg.io.parts import Part, parts_of, planes_of
 from medseg.volume import Volume
 
-__all__ = ["Instance", "Scan", "Series", "headers", "is_dicom", "read", "read_series", "reading_bytes", "scan"]
+__all__ = [
+    *("SUFFIXES", "Instance", "Scan", "Series", "check", "headers", "is_dicom", "read", "read_series", "reading_bytes"),
+    *("scan", "select", "to_slices"),
+]
 
 SUFFIXES: tuple[str, ...] = (".dcm", ".zip")
 
 _log = logging.getLogger("medseg.io.dicom")
-_UNREADABLE = "unreadable file"
+_HEAD = 1 << 16  # bytes of a damaged file in which the UID of its series is looked for
 _LISTED = "list what there is with 'medseg dicom scan'"
 
 
@@ -80,7 +83,7 @@ class Series:
 
     @property
     def name(self) -> str:
-        """A name for files and messages that says nothing of the patient: ``series_`` and a digest of study, UID, part."""
+        """A name for files and messages that says nothing of the patient: ``series_`` and a digest of UIDs and part."""
         return f"series_{hashlib.sha256((self.study_uid + self.uid + self.part).encode()).hexdigest()[:12]}"
 
     @property
@@ -139,16 +142,17 @@ def scan(place: Path) -> Scan:
     """
     passed_over: Counter[str] = Counter()
     groups: dict[tuple[str, str], list[Image]] = defaultdict(list)
-    unreadable: Counter[Path] = Counter()
+    unreadable = []
     with Reader() as reader:
         for instance in instances(place, passed_over):
             image = image_of(reader, instance)
             if isinstance(image, str):
                 passed_over[image] += 1
-                unreadable[instance.path.parent] += image == _UNREADABLE
+                unreadable += [instance] * (image == UNREADABLE)
             else:
                 groups[image.study_uid, image.series_uid].append(image)
-        found = [part for _, images in sorted(groups.items()) for part in _series_of(place, images, reader, unreadable)]
+        heads = [reader.head(instance, _HEAD) for instance in unreadable]
+        found = [part for _, images in sorted(groups.items()) for part in _series_of(place, images, reader, heads)]
     return Scan(tuple(found), dict(sorted(passed_over.items())), place)
 
 
@@ -285,12 +289,11 @@ def headers(series: Series) -> Sequence[Any]:
         return [headers_of(reader, instance) for instance in series.instances]
 
 
-def _series_of(place: Path, images: list[Image], reader: Reader, unreadable: Counter[Path]) -> list[Series]:
-    """The series of the images with one UID, one for each volume among them."""
+def _series_of(place: Path, images: list[Image], reader: Reader, damaged: Sequence[bytes]) -> list[Series]:
+    """The series of the images with one UID, one for each volume among them; and the heads of damaged files."""
     kept, notes, fault = _without_copies(images, reader)
-    beside = sum(unreadable[parent] for parent in {image.frames[0].instance.path.parent for image in kept})
-    if beside:
-        notes.append(f"{beside} DICOM files beside its own cannot be read: slices may be missing at its ends")
+    if lost := sum(kept[0].series_uid.encode() in head for head in damaged):
+        fault = f"{lost} of its files cannot be read"
     frames = [frame for image in kept for frame in image.frames]
     if len({image.frame_uid for image in kept if image.frame_uid}) > 1:
         fault = fault or "its slices have several frames of reference"

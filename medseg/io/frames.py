@@ -7,9 +7,12 @@ be a patient's. What cannot be parsed counts as missing.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import re
 import threading
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,11 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import UnreadableFile
-from medseg.io.archive import Instance, Reader
+from medseg.io.archive import Instance, Reader, damaged
 from medseg.io.stack import Plane
 
 MAX_IMAGE_BYTES = 2**36
 """Largest image that a header may claim, 64 GiB."""
+
+UNREADABLE = "unreadable file"
+"""Kind of what is DICOM and cannot be read."""
 
 _UID = re.compile(r"[0-9.]{1,64}")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
@@ -149,7 +155,7 @@ class Encoding:
     @property
     def range(self) -> tuple[int, int]:
         """Smallest and largest stored integer by the bits."""
-        half = 1 << (self.stored - 1)
+        half = 1 << max(0, self.stored - 1)
         return (-half, half - 1) if self.signed else (0, 2 * half - 1)
 
 
@@ -163,7 +169,7 @@ class Frame:
         encoding: how its pixels are stored.
         plane: where it lies; None where the header does not say.
         thickness, between: Slice Thickness and Spacing Between Slices, mm; 0 where unknown.
-        slope, intercept: of rescaling; None for both where there is none.
+        slope, intercept: of rescaling; None for both where there is none, NaN where one is no number.
         table: look-up table of modality values: first stored value that it maps, and the values.
         unit: Rescale Type.
         attributes: values of ``ATTRIBUTES``: numbers as float, others as text.
@@ -209,15 +215,25 @@ class Image:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without pydicom's warnings, which quote what a file says; one thread at once, as filters are the process's."""
+    """Without pydicom's warnings and log, which quote what a file says; in one thread at a time."""
+    log = logging.getLogger("pydicom")
     with _silence, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        heard, log.propagate = log.propagate, False
+        try:
+            yield
+        finally:
+            log.propagate = heard
 
 
 @contextlib.contextmanager
-def data_of(reader: Reader, instance: Instance) -> Iterator[tuple[BinaryIO, int]]:
+def data_of(reader: Reader, instance: Instance, *, whole: bool = False) -> Iterator[tuple[BinaryIO, int]]:
     """A DICOM file as a stream, inflated where its transfer syntax is deflated; and its size.
+
+    Args:
+        reader: opens it.
+        instance: the file.
+        whole: whether a member of a zip is read to its end first, which alone checks it against its CRC.
 
     Raises:
         UnreadableFile: it cannot be opened or inflated.
@@ -225,17 +241,21 @@ def data_of(reader: Reader, instance: Instance) -> Iterator[tuple[BinaryIO, int]
     with reader.open(instance) as stream:
         head = stream.read(1024)
         stream.seek(0)
-        if _DEFLATED not in head:
+        if _DEFLATED not in head and not (whole and instance.member):
             yield stream, reader.size(instance)
             return
-        plain = _inflated(stream, instance)
+        content = reader.content(instance)
+    plain = _inflated(content, instance) if _DEFLATED in head else content
     yield BytesIO(plain), len(plain)
 
 
 def image_of(reader: Reader, instance: Instance) -> Image | str:
     """What an instance is: an image, or the kind of thing for which it is passed over.
 
-    Raises nothing but what the system raises: a damaged file is of the kind "unreadable file".
+    A file that cannot be read is of the kind ``UNREADABLE``.
+
+    Raises:
+        UnreadableFile: the zip that it is in is damaged.
     """
     try:
         with data_of(reader, instance) as (stream, size):
@@ -243,10 +263,12 @@ def image_of(reader: Reader, instance: Instance) -> Image | str:
                 return "zip in a folder" if _is_zip(stream) else "no DICOM"
             stream.seek(0)
             return _image_of(stream, size, instance)
-    except (MemoryError, KeyboardInterrupt):
+    except MemoryError:
         raise
+    except (zipfile.BadZipFile, zlib.error):
+        raise damaged(instance) from None
     except Exception:  # noqa: BLE001 - damaged headers make pydicom raise nearly anything, and quote their values
-        return "unreadable file"
+        return UNREADABLE
 
 
 def headers_of(reader: Reader, instance: Instance) -> Any:
@@ -271,11 +293,10 @@ def _is_zip(stream: BinaryIO) -> bool:
     return stream.read(4) == b"PK\x03\x04"
 
 
-def _inflated(stream: BinaryIO, instance: Instance) -> bytes:
+def _inflated(content: bytes, instance: Instance) -> bytes:
     """A deflated file as an explicit little-endian one (PS3.5 A.5): a header of its own, then the plain data set."""
     from pydicom.uid import ExplicitVRLittleEndian
 
-    content = stream.read()
     start = 144 + int.from_bytes(content[140:144], "little")  # File Meta Information Group Length, PS3.10 7.1
     limit = _MAX_INFLATION * len(content)
     try:
@@ -310,10 +331,14 @@ def _image_of(stream: BinaryIO, size: int, instance: Instance) -> Image | str:
         return "file without valid UIDs"
     encoding = _encoding(header, _element(stream, size, bool(implicit), bool(little)), syntax, bool(little))
     frames = _frames(instance, uids[0], encoding, header, groups, table)
-    fault, damaged = _fault(encoding, len(frames))
+    fault, broken = _fault(encoding, len(frames))
+    if _number(header, _SIGNED, 0) not in (0, 1):
+        fault, broken = "does not say whether its pixels are signed", True
+    elif any(math.isnan((frame.slope or 0.0) + (frame.intercept or 0.0)) for frame in frames):
+        fault, broken = "has a rescale slope or intercept that is no number", True
     modality = _code(header, _MODALITY)
     uid, series, study, frame_of_reference = uids
-    return Image(uid, series, study, frame_of_reference, modality, description, frames, fault, damaged)
+    return Image(uid, series, study, frame_of_reference, modality, description, frames, fault, broken)
 
 
 def _kind(header: _Elements, sop_class: str, syntax: str) -> str:
@@ -452,7 +477,8 @@ def _frame(
     table: tuple[int, NDArray[Any]] | None,
 ) -> Frame:
     attributes = {name: value for name, tag in ATTRIBUTES.items() if (value := _value(elements, tag)) is not None}
-    rescaled = _SLOPE in elements or _INTERCEPT in elements
+    slope, intercept = _scale(elements, _SLOPE), _scale(elements, _INTERCEPT)
+    rescaled = slope is not None or intercept is not None
     return Frame(
         instance,
         number,
@@ -461,12 +487,20 @@ def _frame(
         _plane(elements, encoding),
         abs(_number(elements, _THICKNESS) or 0.0),
         abs(_number(elements, _BETWEEN) or 0.0),
-        _number(elements, _SLOPE, 1.0) if rescaled else None,
-        _number(elements, _INTERCEPT, 0.0) if rescaled else None,
+        1.0 if rescaled and slope is None else slope,
+        0.0 if rescaled and intercept is None else intercept,
         table,
         _code(elements, _RESCALE_TYPE),
         attributes,
     )
+
+
+def _scale(elements: _Elements, tag: int) -> float | None:
+    """A number of rescaling; None where it is missing or empty, NaN where it is anything else."""
+    numbers = _numbers(elements, tag)
+    if len(numbers) == 1:
+        return numbers[0]
+    return math.nan if _text(elements, tag) else None
 
 
 def _plane(elements: _Elements, encoding: Encoding) -> Plane | None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import UnreadableFile
-from medseg.io.archive import Instance, Reader
+from medseg.io.archive import Instance, Reader, damaged
 from medseg.io.frames import NATIVE, Encoding, Frame, data_of, silent
 
 _RLE = "1.2.840.10008.1.2.5"
@@ -29,6 +29,7 @@ _DECODERS = {
 }
 """Function of imagecodecs for a transfer syntax."""
 _ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"  # tags of encapsulated fragments, PS3.5 A.4
+_END_OF_IMAGE = b"\xff\xd9"  # EOI of JPEG and JPEG-LS, EOC of JPEG 2000
 _KINDS = (np.uint8, np.int16, np.uint16, np.int32, np.int64)
 _TILE = 1024  # pixels: a stream in smaller pieces is no image of a scanner, and asks for memory by their number
 _DAMAGED = "copy it again from its source"
@@ -56,7 +57,7 @@ def kind_of(frames: Sequence[Frame]) -> np.dtype[Any]:
     low = high = 0
     for frame in frames:
         slope, intercept = frame.slope, frame.intercept or 0.0
-        if frame.encoding.is_float or slope not in (None, 1.0) or intercept != int(intercept):
+        if frame.encoding.is_float or slope not in (None, 1.0) or not intercept.is_integer():
             return np.dtype(np.float32)
         first, last = frame.encoding.range
         if frame.table is not None:
@@ -89,12 +90,11 @@ def read(reader: Reader, frames: Mapping[int, Frame]) -> Iterator[tuple[int, NDA
         raise UnreadableFile(instance.path, found, remedy=remedy)
     decode = _native if encoding.syntax in NATIVE else _compressed
     try:
-        with data_of(reader, instance) as (stream, _):
-            stream.seek(encoding.start)
+        with data_of(reader, instance, whole=True) as (stream, _):
             for number, plane in decode(stream, instance, encoding, list(keys)):
                 yield from ((key, plane) for key in keys.pop(number))
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
-        raise UnreadableFile(instance.path, "cannot be read to its end", "a whole file", _DAMAGED) from None
+        raise damaged(instance) from None
     if keys:
         found = f"holds {encoding.frames - len(keys)} of {encoding.frames} frames"
         raise UnreadableFile(instance.path, found, "a whole file", _DAMAGED)
@@ -220,8 +220,8 @@ def _decoded(content: bytes, encoding: Encoding) -> NDArray[Any] | None:
     if encoding.syntax == _RLE:
         return _in_bits(_run_lengths(content, encoding), encoding)
     stream, decode = _stream_of(content), _decoder(encoding.syntax)
-    if stream is None or decode is None:
-        return None
+    if stream is None or decode is None or not content.rstrip(b"\0").endswith(_END_OF_IMAGE):
+        return None  # decoders make up what is missing at the end
     if (stream.rows, stream.columns, stream.components) != (encoding.rows, encoding.columns, 1):
         return None
     if not 0 < stream.bits <= encoding.allocated or stream.tiles > 1 + stream.rows * stream.columns // _TILE:
