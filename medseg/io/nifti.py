@@ -36,9 +36,10 @@ from medseg.volume import Labels, Mask, Volume
 SUFFIXES: tuple[str, ...] = (".nii.gz", ".nii", ".hdr", ".hdr.gz", ".img", ".img.gz")
 MAX_IMAGE_BYTES = 2**36
 """Largest image that a header may claim, 64 GiB."""
+DEFLATE_MAX_RATIO = 1032
+"""No deflate stream expands further, so a larger claim cannot be true (zlib, technical note)."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_DEFLATE_MAX_RATIO = 1032  # no deflate stream expands further, so a larger claim cannot be true (zlib, technical note)
 _GEOMETRY_FIELDS = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
@@ -119,7 +120,7 @@ def labels_of(path: Path) -> Labels | None:
     header = _read_header(header_path)
     size, offset = int(header["sizeof_hdr"]), float(header["vox_offset"])
     end = offset if header_path == data_path and np.isfinite(offset) else np.inf
-    with _opened(header_path) as stream, _explained(header_path):
+    with _opened(header_path) as stream, explained(header_path):
         stream.read(size)
         flag = stream.read(4)
         content = (
@@ -237,7 +238,7 @@ def from_nibabel(image: Any) -> Volume:
         raise InputError("nibabel image", f"has {array.ndim} dimensions", "2, 3 or 4 (the last is channels)")
     channels_first = _channels_first(array.reshape(array.shape + (1,) * (3 - array.ndim)))
     header = image.header if isinstance(image.header, Nifti1Header) else None
-    _check_affine(image.affine, "nibabel image")
+    check_affine(image.affine, "nibabel image")
     return Volume(channels_first, Geometry(channels_first.shape[1:], image.affine), (), header)
 
 
@@ -288,7 +289,7 @@ def _write(array: NDArray[Any], header: Nifti1Header, path: Path, table: bytes =
     header["vox_offset"] = len(header.binaryblock) + len(extension)
     with replacing(path) as temporary, _opened_for_writing(temporary) as stream:
         stream.write(header.binaryblock + extension)
-        for part in _parts(array):
+        for part in pieces(array):
             content = memoryview(part.tobytes(order="F"))
             for start in range(0, len(content), _WRITTEN):  # what gzip is given at once it holds several times
                 stream.write(content[start : start + _WRITTEN])
@@ -305,7 +306,7 @@ def _opened_for_writing(path: Path) -> Iterator[Any]:
             yield file
 
 
-def _parts(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+def pieces(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """An array in pieces of its last axis: what is done to them takes little memory."""
     step = max(1, _CHUNK * array.shape[-1] // max(array.size, 1))
     for start in range(0, array.shape[-1], step):
@@ -337,7 +338,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """What goes wrong while a file is read, as an UnreadableFile."""
     try:
         yield
@@ -350,7 +351,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _read_header(path: Path) -> Nifti1Header:
-    with _opened(path) as stream, _explained(path):
+    with _opened(path) as stream, explained(path):
         head = bytes(stream.read(544))
     for kind, size, magics in (
         (Nifti1Header, 348, (b"n+1\0", b"ni1\0")),
@@ -385,7 +386,7 @@ def _expected_bytes(header: Nifti1Header, path: Path) -> int:
         count *= n  # Python integers: no overflow
     size += count
     on_disk = path.stat().st_size
-    holds = on_disk * _DEFLATE_MAX_RATIO if _is_gzip(path) else on_disk
+    holds = on_disk * DEFLATE_MAX_RATIO if _is_gzip(path) else on_disk
     if size > MAX_IMAGE_BYTES:
         raise InputError(path, f"the header claims {size:,} bytes", f"at most {MAX_IMAGE_BYTES:,}", _REPLACE)
     if size > holds:
@@ -404,7 +405,7 @@ def _read_bytes(path: Path, expected: int, warnings: list[str]) -> NDArray[np.ui
     """The first ``expected`` bytes of a file, read to its end so that a gzip's CRC and length are checked."""
     content = np.empty(expected, dtype=np.uint8)
     surplus = filled = 0
-    with _opened(path) as stream, _explained(path):
+    with _opened(path) as stream, explained(path):
         while filled < expected and (count := stream.readinto(content.data[filled : filled + _CHUNK])):
             filled += count
         while filled == expected and surplus <= 1 << 24 and (chunk := stream.read(1 << 16)):
@@ -458,7 +459,7 @@ def _scaled(array: NDArray[Any], header: Nifti1Header, path: Path) -> NDArray[An
     if scale is None:
         return array
     result = np.empty(array.shape, dtype=_scaled_type(array.dtype), order="F")
-    for part, scaled in zip(_parts(array), _parts(result), strict=True):
+    for part, scaled in zip(pieces(array), pieces(result), strict=True):
         scaled[...] = part.astype(np.float64) * scale[0] + scale[1]
     return result
 
@@ -501,7 +502,7 @@ def _affine(header: Nifti1Header, path: Path, warnings: list[str]) -> NDArray[np
             "an image with orientation",
             "convert it again from the original images",
         )
-    _check_affine(affine, path)
+    check_affine(affine, path)
     if sform_code > 0 and qform is not None:
         spacing = np.linalg.norm(affine[:3, :3], axis=0).min()
         if not np.allclose(affine, qform, rtol=0, atol=max(1e-3 * float(spacing), 1e-3)):
@@ -518,7 +519,12 @@ def _qform(header: Nifti1Header, code: int) -> NDArray[np.float64] | None:
         return None
 
 
-def _check_affine(affine: NDArray[np.float64] | None, path: object) -> None:
+def check_affine(affine: NDArray[np.float64] | None, path: object) -> None:
+    """Refuse a 4x4 affine to RAS+ mm that no image can have.
+
+    Raises:
+        InputError: there is none, or it is not finite, singular, or of voxels below a micrometre or above a metre.
+    """
     if affine is None:
         raise InputError(path, "has no affine", "an image with orientation")
     if not np.isfinite(affine).all():
