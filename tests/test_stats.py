@@ -7,6 +7,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import dicoms
 import nibabel
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import GeometryMismatch, InputError
 from medseg.geometry import Geometry
+from medseg.io import read_volume, write_mask
 from medseg.stats import DEFINITIONS, FACES, Intensities, LabelStats, measure, measure_folders
 from medseg.volume import Labels, Mask, Volume
 
@@ -311,6 +313,27 @@ def test_one_image_and_one_mask_are_a_pair_whatever_their_names(tmp_path: Path) 
     assert [(case.case, case.reason) for case in found.cases] == [("seg", "")]
     assert found.without_mask == ()
     assert set(found.definitions) == set(DEFINITIONS)
+
+
+@pytest.mark.parametrize("ending", [".dcm"])
+def test_segments_are_measured_on_the_grid_of_the_image(ending: str, tmp_path: Path) -> None:
+    """A DICOM SEG has the slices with labels alone; the box is on all slices, and names are those of the segments."""
+    voxels = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4)
+    dicoms.write_series(tmp_path / "series", voxels, spacing=(2.0, 3.0, 5.0), origin=(10, 20, 30))
+    image = read_volume(tmp_path / "series")
+    array = np.zeros(image.geometry.shape, np.uint8)
+    array[1:3, 2, 2] = 7
+    target = tmp_path / f"seg{ending}"
+    options = {"allow_uncoded": True} if ending == ".dcm" else {}
+    write_mask(Mask(array, image.geometry, Labels(values={"blob": 7}), header=image.header), target, **options)
+    found = measure_folders(tmp_path / "series", target)
+    assert found.failed == {}
+    (blob,) = found.cases[0].labels
+    assert (blob.label, blob.voxels, blob.volume_ml) == ("blob", 2, pytest.approx(0.06))
+    assert (blob.box_start, blob.box_stop) == ((1, 2, 2), (3, 3, 3))
+    # LPS 10 + 2 * 1.5, 20 + 3 * 2, 30 + 5 * 2, and the first two change sign in RAS
+    assert blob.centroid_mm == pytest.approx((-13, -26, 40))
+    assert blob.intensities[0].mean == image.array[0][array == 7].mean()
 
 
 def test_nothing_in_common(folders: tuple[Path, Path], tmp_path: Path) -> None:
