@@ -6,16 +6,21 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from dicoms import write_series
 from numpy.typing import NDArray
 
 from medseg.errors import DatasetError, InputError
 from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, evaluate_cases, evaluate_folders
 from medseg.geometry import Geometry
+from medseg.io import series as io_series
 from medseg.io import write_mask
+from medseg.io.dicom import Series
 from medseg.io.picture import picture_grid
 from medseg.volume import Labels, Mask
 
@@ -284,3 +289,135 @@ def test_only_predicted_leaves_out_what_was_not_asked_for(tmp_path: Path) -> Non
     one = evaluate_folders(tmp_path / "predictions", tmp_path / "references", only_predicted=True)
     assert (both.mean.dice, both.classes[0].n_failed) == (0.5, 1)  # the missing one counts as 0
     assert (one.mean.dice, one.classes[0].n, one.classes[0].n_failed) == (1.0, 1, 0)
+
+
+# DICOM segmentations
+
+
+GRID = {"spacing": (0.5, 0.75, 3.0), "row": (0, 1, 0), "column": (0, 0, -1), "origin": (10, 20, 30)}
+NAMED = Labels(values={"liver": 2, "spleen": 40})
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> Series:
+    """A sagittal series of 12 slices."""
+    write_series(tmp_path / "study", np.ones((8, 6, 12), np.int16), **GRID)  # type: ignore[arg-type]
+    return io_series(tmp_path / "study")
+
+
+def organs(first: int, last: int, spleen: bool = True) -> NDArray[np.uint8]:
+    """A liver of 3 x 3 voxels in slices ``first`` to ``last``, and perhaps a spleen of one voxel in slice 5."""
+    array = np.zeros((8, 6, 12), np.uint8)
+    array[2:5, 2:5, first : last + 1] = 2
+    if spleen:
+        array[6, 2, 5] = 40
+    return array
+
+
+def save_seg(series: Series, path: Path, array: NDArray[np.uint8]) -> Path:
+    assert series.geometry is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mask(Mask(array, series.geometry, NAMED, header=series), path)
+    return path
+
+
+def save_ras(series: Series, path: Path, array: NDArray[np.uint8], labels: Labels | None = None) -> Path:
+    """As NIfTI turned to RAS, as a converter leaves it."""
+    assert series.geometry is not None
+    turn = series.geometry.to("RAS")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    turned = Mask(np.ascontiguousarray(turn.apply(array)), series.geometry.reoriented(turn), labels)
+    write_mask(turned, path)
+    return path
+
+
+def liver_dice(found: Evaluation) -> float:
+    assert found.failed == {}
+    assert found.unscored == {}
+    (score,) = (score for score in found.cases[0].scores if score.name == "liver")
+    assert score.dice is not None
+    return score.dice
+
+
+def test_segmentations_are_scored_on_the_grid_of_the_other_mask(series: Series, tmp_path: Path) -> None:
+    whole = save_ras(series, tmp_path / "whole.nii.gz", organs(3, 6))  # 36 voxels of liver
+    part = save_seg(series, tmp_path / "part.dcm", organs(4, 6))  # 27 of them, in a file of three slices
+    assert liver_dice(evaluate_folders(part, whole, NAMED)) == pytest.approx(2 * 27 / (36 + 27))
+    assert liver_dice(evaluate_folders(whole, part, NAMED)) == pytest.approx(2 * 27 / (36 + 27))
+    other = save_seg(series, tmp_path / "other.dcm", organs(5, 9))  # 45, of which 18 in common with part
+    for pair in ((part, other), (other, part)):
+        found = evaluate_folders(*pair)
+        assert found.labels.values == {"liver": 1, "spleen": 2}
+        assert liver_dice(found) == pytest.approx(2 * 18 / (27 + 45))
+    assert found.mean.dice == pytest.approx((2 * 18 / (27 + 45) + 1) / 2)
+
+
+def test_segments_are_known_by_their_names(series: Series, tmp_path: Path) -> None:
+    seg = save_seg(series, tmp_path / "a.dcm", organs(3, 6))  # its segments are 1 and 2
+    values = np.choose(np.searchsorted([0, 2, 40], organs(3, 6)), [0, 2, 1]).astype(np.uint8)
+    swapped = save_ras(series, tmp_path / "a.nii.gz", values)  # 2 is the liver, and 1 the spleen
+    found = evaluate_folders(seg, swapped, Labels(values={"Spleen": 1, "Liver": 2}))
+    assert [(score.name, score.dice) for score in found.cases[0].scores] == [("Spleen", 1.0), ("Liver", 1.0)]
+    nameless = evaluate_folders(seg, swapped)  # nobody says which of the reference's values is the liver
+    assert "unknown names" in nameless.failed["a"]
+    assert [score.dice for score in nameless.cases[0].scores] == [0.0, 0.0]
+
+
+def test_names_that_references_have_are_used(series: Series, tmp_path: Path) -> None:
+    for case, values in (("a", NAMED), ("b", Labels(values={"spleen": 40, "liver": 2, "kidney": 5}))):
+        save_ras(series, tmp_path / f"references/{case}.nii.gz", organs(3, 6), values)
+        save_seg(series, tmp_path / f"predictions/{case}.dcm", organs(3, 6))
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    assert found.labels.values == {"liver": 2, "kidney": 5, "spleen": 40}
+    assert found.mean.dice == 1.0
+    save_ras(series, tmp_path / "references/c.nii.gz", organs(3, 6), Labels(values={"spleen": 2, "liver": 40}))
+    found = evaluate_folders(tmp_path / "references", tmp_path / "references")
+    assert found.labels.values == {"kidney": 1, "liver": 2, "spleen": 3}  # c has other values: names are what counts
+    assert found.mean.dice == 1.0
+    save_ras(series, tmp_path / "references/d.nii.gz", organs(3, 6))  # names none
+    assert evaluate_folders(tmp_path / "references", tmp_path / "references").labels.values == {
+        "label_2": 2,
+        "label_40": 40,
+    }
+
+
+def test_segmentations_are_found_in_files_and_folders(series: Series, tmp_path: Path) -> None:
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    for case in "abc":
+        save_ras(series, references / f"{case}.nii.gz", organs(3, 6))
+    save_seg(series, predictions / "a.dcm", organs(3, 6))
+    save_seg(series, predictions / "b" / "image.dcm", organs(4, 6))
+    save_seg(series, predictions / "c.dcm", organs(3, 6)).rename(predictions / "c")  # as PACS export them
+    for file in series.files[:2]:
+        shutil.copy(file, predictions)  # images are no masks
+    (predictions / "empty").mkdir()
+    found = evaluate_folders(predictions, references, NAMED)
+    assert [case.case for case in found.cases] == ["a", "b", "c"]
+    assert found.failed == {}
+    assert found.extra == ()
+    assert [case.scores[0].dice for case in found.cases] == [1.0, pytest.approx(2 * 27 / (36 + 27)), 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"origin": (11, 20, 30)}, "mask: "),
+        ({"origin": (13, 20, 30)}, "lie outside"),
+        ({"origin": (10 + 3 * 1000, 20, 30)}, "lies far away from the reference"),
+        ({"spacing": (1.0, 0.75, 3.0)}, "mask: "),
+    ],
+    ids=["a third of a slice", "one slice", "far away", "coarser"],
+)
+def test_a_segmentation_of_another_image_fails(
+    change: dict[str, Any], reason: str, series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medseg.evaluate.MOST_VOXELS", 8 * 6 * 1000)
+    write_series(tmp_path / "other", np.ones((8, 6, 12), np.int16), **{**GRID, **change})
+    seg = save_seg(io_series(tmp_path / "other"), tmp_path / "a.dcm", organs(0, 11))
+    reference = save_ras(series, tmp_path / "a.nii.gz", organs(3, 6))
+    assert "a" in evaluate_folders(seg, reference, NAMED).failed
+    found = evaluate_folders(seg, save_seg(series, tmp_path / "own.dcm", organs(3, 6)), NAMED)
+    if "outside" in reason:  # the grid of two segmentations is that of both
+        assert liver_dice(found) == pytest.approx(2 * 36 / (36 + 108))
+    else:
+        assert reason in found.failed["own"]
