@@ -7,7 +7,6 @@ segmentations (``dicom_seg``).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import GeometryMismatch, IncompleteSeries, InputError
 from medseg.geometry import Geometry
-from medseg.io import dicom, itk, nifti, picture
+from medseg.io import dicom, itk, nifti, picture, seg_nrrd
 from medseg.io.dicom import Series
 from medseg.volume import Labels, Mask, Volume
 
@@ -70,7 +69,7 @@ class _Dicom:
 
 
 _DICOM = _Dicom()
-FORMATS: tuple[Format, ...] = (nifti, itk, picture, _DICOM)
+FORMATS: tuple[Format, ...] = (nifti, itk, seg_nrrd, picture, _DICOM)
 SUFFIXES = tuple(suffix for form in FORMATS for suffix in form.SUFFIXES)
 _CHUNK = 1 << 22
 """Voxels that are looked at at a time."""
@@ -416,7 +415,7 @@ def _where(volume: Volume) -> Path | str:
 def _read_mask(path: Path) -> Mask:
     """A mask with the names that its file knows."""
     if has_segments(path):
-        named: Any = _DICOM if is_dicom(path) else importlib.import_module("medseg.io.seg_nrrd")
+        named: Any = _DICOM if is_dicom(path) else seg_nrrd
         mask: Mask = named.read_mask(path)
         return mask
     form = format_of(path)
