@@ -72,6 +72,9 @@ _POSITION, _ORIENTATION, _SPACING, _THICKNESS, _BETWEEN = 0x00200032, 0x00200037
 _INTERCEPT, _SLOPE, _RESCALE_TYPE, _TABLE = 0x00281052, 0x00281053, 0x00281054, 0x00283000
 _TABLE_DESCRIPTOR, _TABLE_DATA = 0x00283002, 0x00283006
 
+_SIEMENS, _SIEMENS_TILES = 0x00190010, 0x0019100A  # private creator "SIEMENS MR HEADER", number of images in a mosaic
+_UNITED, _UNITED_TILES = 0x00650010, 0x00651051  # "Image Private Header" of United Imaging, sequence of them
+
 ATTRIBUTES = {
     "StackID": 0x00209056,
     "EchoTime": 0x00180081,
@@ -102,7 +105,7 @@ _WANTED = [
     *(_SHARED_GROUPS, _FRAME_GROUPS, _SOP_CLASS, _SOP_UID, _STUDY_UID, _SERIES_UID, _FRAME_UID, _MODALITY),
     *(_DESCRIPTION, _SAMPLES, _PHOTOMETRIC, _FRAMES, _ROWS, _COLUMNS, _ALLOCATED, _STORED, _HIGH, _SIGNED),
     *(_POSITION, _ORIENTATION, _SPACING, _THICKNESS, _BETWEEN, _INTERCEPT, _SLOPE, _RESCALE_TYPE, _TABLE),
-    *ATTRIBUTES.values(),
+    *(_SIEMENS, _SIEMENS_TILES, _UNITED, _UNITED_TILES, *ATTRIBUTES.values()),
 ]
 _OF_FRAMES = frozenset(
     (_POSITION, _ORIENTATION, _SPACING, _THICKNESS, _BETWEEN, _INTERCEPT, _SLOPE, _RESCALE_TYPE, *ATTRIBUTES.values())
@@ -353,9 +356,17 @@ def _kind(header: _Elements, sop_class: str, syntax: str) -> str:
     if _number(header, _SAMPLES, 1) != 1 or not _text(header, _PHOTOMETRIC).startswith("MONOCHROME"):
         return "colour image"
     types = _text(header, _IMAGE_TYPE).split("\\")
-    if "MOSAIC" in types:
+    if "MOSAIC" in types or _is_mosaic(header):
         return "mosaic"
     return "localizer" if "LOCALIZER" in types else ""
+
+
+def _is_mosaic(header: _Elements) -> bool:
+    """Whether a vendor's own elements say that slices lie beside one another in one image."""
+    if _text(header, _SIEMENS) == "SIEMENS MR HEADER":
+        raw = getattr(header.get(_SIEMENS_TILES), "value", None)
+        return isinstance(raw, bytes) and int.from_bytes(raw[:2], "little") > 1
+    return _UNITED_TILES in header and _text(header, _UNITED) == "Image Private Header"
 
 
 def _description(dataset: Any) -> str:
