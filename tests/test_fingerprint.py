@@ -99,7 +99,8 @@ def test_empty_labels_are_counted(tmp_path: Path) -> None:
     assert found.empty_cases == 1
     assert found.intensities[0].maximum == 4.0
     assert found.classes["far"].model_dump() == {
-        "cases": 0, "volume_ml_median": 0.0, "volume_ml_minimum": 0.0, "volume_ml_maximum": 0.0, "components_maximum": 0,
+        "cases": 0, "volume_ml_median": 0.0, "volume_ml_minimum": 0.0, "volume_ml_maximum": 0.0,
+        "components_maximum": 0,
     }  # fmt: skip
 
 

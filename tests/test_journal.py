@@ -117,7 +117,9 @@ def test_the_tables_say_what_became_of_every_case(tmp_path: Path) -> None:
     made = Journal(tmp_path)
     stages = {"read": 0.5, "prepare": 1.0, "network": 4.0, "write": 0.25}
     facts = {"seconds": 5.75, "stages": stages, "peak_memory_mb": 900.5, "strategy": "summed on the host"}
-    made.results["b"] = written(tmp_path, "b", volumes_ml={"organ": 2.0}, warnings=("odd", "strange"), qc_flags=FLAGS, **facts)
+    made.results["b"] = written(
+        tmp_path, "b", volumes_ml={"organ": 2.0}, warnings=("odd", "strange"), qc_flags=FLAGS, **facts
+    )
     made.results["a"] = Prediction(case="a", status="failed", reason="line one\nline two")
     made.write_tables(["organ", "whole"], 5, {"model": "phantom"})
     with made.table.open(newline="") as file:

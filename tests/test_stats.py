@@ -315,7 +315,7 @@ def test_one_image_and_one_mask_are_a_pair_whatever_their_names(tmp_path: Path) 
     assert set(found.definitions) == set(DEFINITIONS)
 
 
-@pytest.mark.parametrize("ending", [".dcm"])
+@pytest.mark.parametrize("ending", [".dcm", ".seg.nrrd"])
 def test_segments_are_measured_on_the_grid_of_the_image(ending: str, tmp_path: Path) -> None:
     """A DICOM SEG has the slices with labels alone; the box is on all slices, and names are those of the segments."""
     voxels = np.arange(6 * 5 * 4, dtype=np.int16).reshape(6, 5, 4)
