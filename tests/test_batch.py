@@ -18,20 +18,22 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
+from dicoms import write_series
 from numpy.typing import NDArray
 from PIL import Image
 from predicting import FIELDS, GRIDS, SHAPE, affine_of, limited, save, statuses, untrained, voxels
 from small_datasets import picture, save_picture
 
 from medseg import batch, io, predict, records
-from medseg.batch import predict_cases, predict_folder
-from medseg.cases import Shard, find_cases
+from medseg.batch import Outputs, predict_cases, predict_folder
+from medseg.cases import MASK_FORMATS, MaskFormat, Shard, find_cases
 from medseg.dataset import Case
 from medseg.engines import build_engine
 from medseg.errors import InputError
-from medseg.io import nifti
+from medseg.io import dicom_seg, nifti
 from medseg.journal import Journal, Prediction
 from medseg.package import ModelPackage
 from medseg.pipeline import RunResult
@@ -869,3 +871,173 @@ def test_text_in_a_header_goes_into_no_output(
     written += nifti.to_nibabel(in_memory).header.binaryblock + caplog.text.encode()
     assert b"DOE" not in written
     assert b"JANE" not in written
+
+
+# DICOM
+
+
+ENDINGS = ("nii.gz", "dcm", "seg.nrrd", "nrrd", "mha")
+
+
+def scan_of(folder: Path, number: int = 0, **facts: Any) -> Path:
+    """A series of a phantom, 0.9 x 0.9 x 2.5 mm."""
+    array = np.roll(voxels()[0], number, axis=0)
+    return write_series(folder, array, spacing=(0.9, 0.9, 2.5), modality="MR", **facts)[0].parent
+
+
+def coded(package: ModelPackage) -> Predictor:
+    """A predictor whose labels are structures that SNOMED CT has."""
+    return untrained(package, PredictSettings(device="cpu"), labels=Labels(values={"liver": 1, "spleen": 5}))
+
+
+def test_masks_of_a_series_lie_on_it_in_every_format_and_say_the_same(package: ModelPackage, tmp_path: Path) -> None:
+    model, outputs = coded(package), Outputs(formats=MASK_FORMATS)
+    (result,) = predict_folder(model, scan_of(tmp_path / "scan"), tmp_path / "out", outputs=outputs)
+    series = io.series(tmp_path / "scan")
+    assert (result.status, result.case, result.output) == ("done", series.name, f"{series.name}.nii.gz")
+    assert names_in(tmp_path / "out") == {f"{series.name}.{end}" for end in ENDINGS} | {*BESIDE}
+    mask = model(tmp_path / "scan")
+    assert len(np.unique(mask.array)) == 3
+    for end in ENDINGS:
+        found = io.read_mask(tmp_path / "out" / f"{series.name}.{end}", model.labels)
+        found = dicom_seg.matched(found, mask.geometry)
+        np.testing.assert_array_equal(found.array, mask.array, end)
+    assert result.files == {
+        f"{series.name}.{end}": records.digest_file(tmp_path / "out" / f"{series.name}.{end}") for end in ENDINGS
+    }
+    assert predict_folder(model, tmp_path / "scan", tmp_path / "out", outputs=outputs)[0].status == "kept"
+
+
+def test_what_is_kept_has_all_formats_that_are_wanted(package: ModelPackage, tmp_path: Path) -> None:
+    model, out = coded(package), tmp_path / "out"
+    cases = find_cases(scan_of(tmp_path / "scan"))
+
+    def again(*formats: MaskFormat, **choices: Any) -> tuple[str, str]:
+        (result,) = predict_cases(model, cases, out, outputs=Outputs(formats=formats, **choices))
+        return result.status, result.output.partition(".")[2]
+
+    assert again("nii.gz") == ("done", "nii.gz")
+    assert again("dicom-seg", "nii.gz") == ("done", "dcm")
+    assert again("nii.gz") == ("kept", "nii.gz")
+    assert again("dicom-seg") == ("kept", "dcm")
+    assert again("nii.gz", "mha") == ("done", "nii.gz")
+    assert again("dicom-seg", allow_uncoded=True) == ("kept", "dcm")  # all have codes
+    assert again("dicom-seg", seg_type="labelmap") == ("done", "dcm")
+    assert pydicom.dcmread(out / f"{cases[0].id}.dcm").SegmentationType == "LABELMAP"
+    (out / f"{cases[0].id}.dcm").unlink()
+    assert again("dicom-seg") == ("done", "dcm")
+
+
+@pytest.mark.parametrize("format_", ["dicom-seg", "mha"])
+def test_all_formats_of_a_case_appear_or_none(
+    format_: MaskFormat, package: ModelPackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = io.write_mask
+
+    def failing(mask: Any, path: Path, **options: Any) -> None:
+        write(mask, path, **options)
+        if path.suffix == ".mha":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(io, "write_mask", failing)
+    outputs = Outputs(formats=("nii.gz", format_, "mha"))
+    (result,) = predict_folder(coded(package), scan_of(tmp_path / "scan"), tmp_path / "out", outputs=outputs)
+    assert (result.status, result.output) == ("failed", "")
+    assert names_in(tmp_path / "out") == {*BESIDE} - {"journal.jsonl"}
+
+
+def test_what_cannot_become_a_dicom_segmentation_is_refused_before_anything_starts(
+    predictor: Predictor, package: ModelPackage, images: Path, tmp_path: Path
+) -> None:
+    outputs, out = Outputs(formats=("nii.gz", "dicom-seg")), tmp_path / "out"
+    scan_of(tmp_path / "scan")
+    with pytest.raises(InputError, match=r"2 of 3 images are no DICOM, as a .*Leave it out; `medseg convert`"):
+        predict_folder(coded(package), [images, tmp_path / "scan"], out, outputs=outputs)
+    model = untrained(package, labels=Labels(values={"liver": 1, "structure x": 5}))
+    with pytest.raises(InputError, match=r"no code for structure x .*--allow-uncoded"):
+        predict_folder(model, tmp_path / "scan", out, outputs=outputs)
+    assert not out.exists()
+    allowed = outputs.model_copy(update={"allow_uncoded": True})
+    assert predict_folder(model, tmp_path / "scan", out, outputs=allowed)[0].status == "done"
+
+
+def test_a_study_that_cannot_be_used_fails_and_the_others_are_done(predictor: Predictor, tmp_path: Path) -> None:
+    scan_of(tmp_path / "in" / "a", study_uid="1.2.1")
+    scan_of(tmp_path / "in" / "b1", study_uid="1.2.2")
+    scan_of(tmp_path / "in" / "b2", study_uid="1.2.2")
+    scan_of(tmp_path / "in" / "c", study_uid="1.2.3", offsets=(0, 2.5, 5, 7.5, 10, 12.5, 15, 17.5, 25))
+    results = predict_cases(predictor, find_cases(tmp_path / "in"), tmp_path / "out")
+    assert [result.status for result in results] == ["done", "failed", "failed"]
+    assert "2 series could be meant" in results[1].reason
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 1
+
+
+def test_an_uneven_series_is_segmented_on_a_straight_grid_and_says_so(package: ModelPackage, tmp_path: Path) -> None:
+    offsets = (0, 2.5, 5, 7.5, 10, 12.5, 15, 17.5, 25)
+    cases = find_cases(scan_of(tmp_path / "scan", offsets=offsets), resample_irregular=True)
+    outputs = Outputs(formats=("nii.gz", "dicom-seg"))
+    (result,) = predict_cases(coded(package), cases, tmp_path / "out", outputs=outputs)
+    assert result.status == "done", result.reason
+    assert any("interpolated on an even grid" in warning for warning in result.warnings)
+    straight = io.read_mask(tmp_path / "out" / f"{result.case}.nii.gz")
+    assert straight.array.shape == (20, 18, 11)
+    segments = pydicom.dcmread(tmp_path / "out" / f"{result.case}.dcm")
+    places = {
+        float(frame.PlanePositionSequence[0].ImagePositionPatient[2])
+        for frame in segments.PerFrameFunctionalGroupsSequence
+    }
+    assert places
+    assert places <= set(offsets)  # the slices that were scanned
+
+
+def test_a_changed_slice_is_a_changed_input(predictor: Predictor, tmp_path: Path) -> None:
+    folder, out = scan_of(tmp_path / "scan", uid="1.2.1", study_uid="1.2"), tmp_path / "out"
+    assert predict_cases(predictor, find_cases(folder), out)[0].status == "done"
+    assert predict_cases(predictor, find_cases(folder), out)[0].status == "kept"
+    shutil.rmtree(folder)
+    scan_of(folder, 3, uid="1.2.1", study_uid="1.2")
+    assert predict_cases(predictor, find_cases(folder), out)[0].status == "done"
+
+
+def test_series_of_one_zip_are_different_inputs(predictor: Predictor, tmp_path: Path) -> None:
+    for number in (1, 2):
+        scan_of(tmp_path / "in" / str(number), number, study_uid=f"1.2.{number}")
+    packed = shutil.make_archive(str(tmp_path / "in"), "zip", tmp_path / "in")
+    results = predict_cases(predictor, find_cases(packed), tmp_path / "out")
+    assert [result.status for result in results] == ["done", "done"]
+    assert results[0].input_digest != results[1].input_digest
+
+
+def test_a_series_a_channel_is_required_at_once(package: ModelPackage, tmp_path: Path) -> None:
+    (rule,) = package.plan.normalisation
+    model = untrained(package, channels=("T1", "T2"), normalisation=(rule, rule))
+    folder = scan_of(tmp_path / "scan" / "a", uid="1.2.1", study_uid="1.2").parent
+    scan_of(folder / "b", 2, uid="1.2.2", study_uid="1.2")
+    with pytest.raises(
+        InputError, match=r"--series: picks 1 of a study .expected 2, one a channel: T1, T2.*once a channel"
+    ):
+        predict_folder(model, folder / "a", tmp_path / "out")
+    both = find_cases(folder, series=["1.2.2", "1.2.1"])
+    (result,) = predict_cases(model, both, tmp_path / "out")
+    assert (result.status, result.case) == ("done", io.series(folder, "1.2.2").name)
+    (result,) = predict_cases(model, find_cases(folder, series=["1.2.1", "1.2.1"]), tmp_path / "out")
+    assert "one series for several channels" in result.reason
+
+
+def test_nothing_of_the_patient_is_written_but_into_the_segmentation(
+    package: ModelPackage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    scan_of(tmp_path / "in" / "a", marker="CANARY7")
+    scan_of(tmp_path / "in" / "b", marker="CANARY7", offsets=(0, 1, 2, 3, 4, 5, 6, 7, 99))
+    outputs = Outputs(formats=MASK_FORMATS)
+    results = predict_folder(coded(package), tmp_path / "in", tmp_path / "out", outputs=outputs)
+    assert sorted(result.status for result in results) == ["done", "failed"]
+    holders = set()
+    for path in (tmp_path / "out").iterdir():
+        content = path.read_bytes()
+        content += gzip.decompress(content) if path.suffix == ".gz" else b""
+        if b"CANARY7" in content or "CANARY7" in path.name:
+            holders.add(path.suffix)
+    assert holders == {".dcm"}  # which belongs to the patient's study
+    assert "CANARY7" not in caplog.text

@@ -6,6 +6,7 @@ import importlib.metadata
 
 import medseg
 import medseg.errors
+import medseg.io
 import medseg.pipeline
 import medseg.predict
 import medseg.segmenter
@@ -14,6 +15,7 @@ import medseg.segmenter
 def test_the_names_are_those_of_the_rooms() -> None:
     assert medseg.load is medseg.predict.load
     assert medseg.run is medseg.pipeline.run
+    assert medseg.series is medseg.io.series
     assert medseg.MedsegError is medseg.errors.MedsegError
     assert medseg.Segmenter is medseg.segmenter.Segmenter
 

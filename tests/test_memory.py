@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dicoms import write_series
 from predicting import affine_of, limited, save, voxels
 
 from medseg import io, memory
@@ -85,6 +86,21 @@ def test_a_cascade_fits_where_both_its_models_do(package: ModelPackage, monkeypa
     assert replace(plain, earlier=plain).fits(source, 0)
     assert not replace(plain, earlier=replace(plain, most_mb=101)).fits(source, 0)
     assert not plain.fits(source, 950)
+
+
+def test_a_series_is_estimated_by_its_headers(
+    package: ModelPackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_series(tmp_path / "scan", voxels()[0], spacing=(0.9, 0.9, 2.5))
+    series = io.series(tmp_path / "scan")
+    plenty = limited(package, monkeypatch, 1000)
+    needed = plenty.memory.preparing_mb([series])
+    assert needed == plenty.memory.preparing_mb([tmp_path / "scan"]) >= 2 * voxels().size / 2**20
+    with pytest.raises(InputError, match=f"^{series.name}: needs about .* to be read and prepared"):
+        limited(package, monkeypatch, 100 + 0.9 * needed).read([series])
+    assert plenty.read([series]).array.shape == voxels().shape
+    none = replace(series, geometry=None, reason="is odd")
+    assert plenty.memory.preparing_mb([none]) == 0
 
 
 def test_the_voxels_of_a_file_are_gone_when_the_network_runs(

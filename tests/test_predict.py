@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dicoms
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK
 import torch
+from dicoms import write_series
 from monai.data import MetaTensor
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from predicting import SHAPE, affine_of, save, statuses, untrained, voxels
 from small_datasets import picture, save_picture
 
+import medseg
 from medseg import io, predict
 from medseg.batch import predict_cases
 from medseg.cases import find_cases
-from medseg.errors import InputError, PackageError
+from medseg.errors import GeometryMismatch, InputError, PackageError
 from medseg.geometry import Geometry
 from medseg.networks import build_network
 from medseg.package import ModelPackage, zip_package
@@ -31,7 +35,7 @@ from medseg.postprocess import keep_largest
 from medseg.predict import Predictor, PredictSettings, load
 from medseg.preprocess import prepare, restore
 from medseg.sliding_window import slabs
-from medseg.volume import Labels
+from medseg.volume import Labels, Volume
 
 # Pictures
 
@@ -311,3 +315,72 @@ def test_geometry_of_a_mask_is_that_of_its_image(predictor: Predictor) -> None:
     mask = predictor((voxels(), affine_of("oblique")))
     assert mask.geometry.shape == SHAPE
     assert mask.geometry.affine.tobytes() == Geometry(SHAPE, affine_of("oblique")).affine.tobytes()
+
+
+# DICOM
+
+
+def test_every_door_of_dicom_gives_the_same_mask(predictor: Predictor, tmp_path: Path) -> None:
+    write_series(tmp_path / "scan", voxels()[0], spacing=(0.9, 0.9, 2.5), modality="MR")
+    packed = shutil.make_archive(str(tmp_path / "scan"), "zip", tmp_path / "scan")
+    grid = dicoms.affine_of(spacing=(0.9, 0.9, 2.5))
+    expected = predictor((voxels(), grid))
+    assert len(np.unique(expected.array)) == 3
+    series = medseg.series(tmp_path / "scan")
+    for image in (str(tmp_path / "scan"), tmp_path / "scan", packed, series, [series], [tmp_path / "scan"]):
+        mask = predictor(image)
+        np.testing.assert_array_equal(mask.array, expected.array)
+        np.testing.assert_allclose(mask.geometry.affine, grid, atol=1e-6)
+        assert mask.header.uid == series.uid
+        assert io.title(Volume(mask.array, mask.geometry, header=mask.header)) == series.name
+
+
+def test_the_mask_of_a_series_can_be_written_as_a_segmentation(package: ModelPackage, tmp_path: Path) -> None:
+    write_series(tmp_path / "scan", voxels()[0], spacing=(0.9, 0.9, 2.5))
+    mask = untrained(package, labels=Labels(values={"liver": 2, "spleen": 9}))(tmp_path / "scan")
+    io.write_mask(mask, tmp_path / "mask.dcm")
+    found = io.read_mask(tmp_path / "mask.dcm", mask.labels)
+    assert found.labels == mask.labels
+    assert (found.array == 9).sum() == (mask.array == 9).sum() > 0
+
+
+def test_masks_know_the_codes_of_their_labels_in_the_models_dataset(package: ModelPackage) -> None:
+    labels = Labels(values={"Anterior": 1, "Posterior": 5})
+    plan = package.plan.model_copy(update={"labels": labels})
+    named = package.manifest.model_copy(update={"name": "Task04_Hippocampus"})
+    model = Predictor(replace(package, plan=plan, manifest=named))
+    assert {name: coding.type.meaning for name, coding in model.labels.codings.items()} == {
+        "Anterior": "Hippocampus",
+        "Posterior": "Hippocampus",
+    }
+    assert Predictor(replace(package, plan=plan)).labels.codings == {}  # of a phantom: anterior of what?
+
+
+@pytest.mark.parametrize("kind", ["NIfTI", "DICOM"])
+def test_channels_on_several_grids_are_brought_to_the_first_on_request(
+    kind: str, package: ModelPackage, tmp_path: Path
+) -> None:
+    (rule,) = package.plan.normalisation
+    fields: Any = {"channels": ("T1", "T2"), "normalisation": (rule, rule)}
+    first, second = voxels(2)
+    if kind == "NIfTI":
+        paths = [save(tmp_path / "a.nii.gz", first), save(tmp_path / "b.nii.gz", second[2:-2])]
+        shifted = affine_of("axial").copy()
+        shifted[:3, 3] += shifted[:3, :3] @ [2, 0, 0]
+        save(paths[1], second[2:-2], shifted)
+    else:
+        paths = [tmp_path / "a", tmp_path / "b"]
+        write_series(paths[0], first, spacing=(0.9, 0.9, 2.5))
+        write_series(paths[1], second[2:-2], spacing=(0.9, 0.9, 2.5), origin=(1.8, 0, 0))
+    with pytest.raises(GeometryMismatch, match="differs from that of"):
+        untrained(package, **fields)([*paths])
+    settings = PredictSettings(resample_channels=True)
+    model = untrained(package, settings, **fields)
+    volume = model.read(paths)
+    np.testing.assert_array_equal(volume.array[0], first)
+    np.testing.assert_allclose(volume.array[1, 2:-2], second[2:-2], atol=1e-3)
+    assert (volume.array[1, :1] == second[2:-2].min()).all()
+    name = io.name_of(io.located(paths[1]))
+    assert f"{name} was resampled to the grid of the first channel" in volume.warnings
+    assert model.key != untrained(package, **fields).key
+    assert model.memory.preparing_mb(paths) > untrained(package, **fields).memory.preparing_mb(paths)

@@ -28,7 +28,7 @@ from medseg.plan import (
     Resampling,
     TrainingPlan,
 )
-from medseg.preprocess import GridTrace, Prepared, normalise, plan_grid, prepare, restore
+from medseg.preprocess import GridTrace, Prepared, normalise, on_grid, plan_grid, prepare, restore
 from medseg.resample import Place, Slab
 from medseg.volume import Labels, Mask, Volume
 
@@ -593,3 +593,16 @@ def test_preparing_takes_the_result_and_a_few_planes(
     ready = prepared(volume, plan)
     assert tracemalloc.get_traced_memory()[1] < ready.image.nbytes + 16 * 2**20
     tracemalloc.stop()
+
+
+def test_an_image_is_brought_to_another_grid_by_its_place_in_the_world() -> None:
+    ramp = np.arange(6, dtype=np.int16).reshape(1, 6, 1, 1) * 10 + np.zeros((1, 6, 4, 4), np.int16) + 5
+    volume = Volume(ramp, Geometry((6, 4, 4), np.diag([2.0, 1, 1, 1])))
+    assert on_grid(volume, Geometry((6, 4, 4), np.diag([2.0, 1, 1, 1]))) is volume
+    finer = np.diag([-1.0, 1, 1, 1])
+    finer[0, 3] = 9  # from 9 mm down to -2 mm
+    found = on_grid(volume, Geometry((12, 4, 4), finer))
+    assert found.array.dtype == np.float32
+    assert found.array[0, :, 1, 2].tolist() == [50, 45, 40, 35, 30, 25, 20, 15, 10, 5, 5, 5]  # beyond 0: its minimum
+    assert found.geometry == Geometry((12, 4, 4), finer)
+    assert found.warnings == ("image was resampled to the grid of the first channel",)

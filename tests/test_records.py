@@ -160,6 +160,18 @@ def test_digest_of_a_file(tmp_path: Path) -> None:
     assert digest_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def test_the_digest_of_a_folder_is_of_the_names_and_contents_in_it(tmp_path: Path) -> None:
+    for folder, names in (("one", "a/x b"), ("same", "a/x b"), ("other", "a/y b"), ("less", "b")):
+        for name in names.split():
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text(name[-1])
+    one, same, other, less = (digest_file(tmp_path / folder) for folder in ("one", "same", "other", "less"))
+    assert one == same
+    assert len({one, other, less}) == 3
+    (tmp_path / "same" / "b").write_text("changed")
+    assert digest_file(tmp_path / "same") != one
+
+
 def _write_half_and_fail(path: Path) -> None:
     with replacing(path) as temporary:
         temporary.write_text("half")
