@@ -127,13 +127,17 @@ LabelsFrom = Annotated[
         show_default="the mask's own",
     ),
 ]
-SeriesOfOne = Annotated[
-    str,
+SeriesOfChannels = Annotated[
+    list[str],
     typer.Option(
+        "--series",
         metavar="UID|PATTERN",
-        help="Which DICOM series, as `medseg dicom scan` lists them.",
+        help="Which DICOM series of a study, as `medseg dicom scan` lists them; once a channel.",
         show_default="the only one",
     ),
+]
+ResampleIrregular = Annotated[
+    bool, typer.Option("--resample-irregular", help="Take DICOM series with tilted or uneven slices too.")
 ]
 SegType = Annotated[Literal["binary", "labelmap"], typer.Option(help="Of DICOM SEG; few viewers know labelmap yet.")]
 AllowUncoded = Annotated[
@@ -585,17 +589,8 @@ def predict(
     ],
     model: Annotated[Path, typer.Option("--model", "-m", metavar="PACKAGE", help="Model package, folder or zip.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for the masks.")],
-    series: Annotated[
-        list[str],
-        typer.Option(
-            metavar="UID|PATTERN",
-            help="Which DICOM series of a study, as `medseg dicom scan` lists them; once a channel.",
-            show_default="the only one",
-        ),
-    ] = [],  # noqa: B006 - Typer needs a list, and copies it
-    resample_irregular: Annotated[
-        bool, typer.Option("--resample-irregular", help="Take DICOM series with tilted or uneven slices too.")
-    ] = False,
+    series: SeriesOfChannels = [],  # noqa: B006 - Typer needs a list, and copies it
+    resample_irregular: ResampleIrregular = False,
     resample_channels: Annotated[
         bool, typer.Option("--resample-channels", help="Bring the channels of an image to the grid of the first.")
     ] = False,
@@ -653,7 +648,7 @@ def predict(
     Exit code 3 when cases failed; the reasons are in cases.csv. Several processes may share a list and a folder as
     shards; in a Slurm array each job takes its own.
     """
-    from medseg.batch import Outputs, predict_cases
+    from medseg.batch import Outputs, predict_cases, require_fitting
     from medseg.cases import find_cases, require_apart
     from medseg.folder import writing_to
     from medseg.io import suffix_of
@@ -677,6 +672,7 @@ def predict(
         probabilities=_words(probabilities),
         resample_channels=resample_channels,
     )
+    require_fitting(predictor, cases, outputs)
     with writing_to(out, part), Show(quiet) as show:
         results = predict_cases(predictor, cases, out, outputs=outputs, shard=part, overwrite=overwrite, progress=show)
     output = _console(stderr=False)
@@ -833,7 +829,14 @@ def convert(
         Path | None,
         typer.Option(metavar="PLACE", help="Image that the mask belongs to: a file, or a folder or zip of DICOM."),
     ] = None,
-    series: SeriesOfOne = "",
+    series: Annotated[
+        str,
+        typer.Option(
+            metavar="UID|PATTERN",
+            help="Which DICOM series of PLACE, as `medseg dicom scan` lists them.",
+            show_default="the only one",
+        ),
+    ] = "",
     labels: LabelsFrom = None,
     seg_type: SegType = "binary",
     allow_uncoded: AllowUncoded = False,
@@ -880,7 +883,8 @@ def stats(
         typer.Option("--out", "-o", metavar="FILE", help="Table to write.", show_default="standard output"),
     ] = None,
     labels: LabelsFrom = None,
-    series: SeriesOfOne = "",
+    series: SeriesOfChannels = [],  # noqa: B006 - Typer needs a list, and copies it
+    resample_irregular: ResampleIrregular = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each number means.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -894,7 +898,9 @@ def stats(
     from medseg.stats import measure_folders
 
     with Show(quiet) as show:
-        result = measure_folders(image, mask, _labels(labels), series=(series,) if series else (), progress=show)
+        result = measure_folders(
+            image, mask, _labels(labels), show, series=series, resample_irregular=resample_irregular
+        )
     if out:
         result.save_csv(out)
     if as_json:
@@ -1090,9 +1096,9 @@ def _scan_row(series: Series) -> tuple[str, ...]:
     if grid:
         size, axes = "x".join(map(str, grid.shape)), grid.orientation
         spacing = "x".join(f"{length:.4g}" for length in grid.spacing)
-    state = f"not usable: {series.reason}" if series.reason else "usable"
+    state = f"not usable: {series.reason}" if series.reason else "; ".join(("usable", *series.warnings))
     known = (series.name, series.modality, series.description)
-    return tuple(map(_visible, (*known, str(_slices(series)), size, spacing, axes, series.syntax, state)))
+    return tuple(map(_visible, (*known, str(len(series.frames)), size, spacing, axes, series.syntax, state)))
 
 
 def _scan_body(found: Scan) -> dict[str, Any]:
@@ -1106,7 +1112,7 @@ def _scan_body(found: Scan) -> dict[str, Any]:
                 "part": series.part,
                 "modality": series.modality,
                 "description": series.description,
-                "slices": _slices(series),
+                "slices": len(series.frames),
                 "size": series.geometry and series.geometry.shape,
                 "spacing_mm": series.geometry and series.geometry.spacing,
                 "orientation": series.geometry and series.geometry.orientation,
@@ -1114,15 +1120,12 @@ def _scan_body(found: Scan) -> dict[str, Any]:
                 "usable": not series.reason,
                 "reason": series.reason,
                 "irregular": series.irregular,
+                "warnings": series.warnings,
             }
             for series in found.series
         ],
         "passed_over": found.passed_over,
     }
-
-
-def _slices(series: Series) -> int:
-    return series.geometry.shape[2] if series.geometry else len(series.instances)
 
 
 def _visible(text: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medseg import io
-from medseg.errors import IncompleteSeries, InputError
+from medseg.errors import InputError
 from medseg.geometry import Geometry
 from medseg.io import dicom_seg, label_tables, nifti
 from medseg.records import read_json
@@ -115,7 +115,6 @@ def _grid(reference: Path, pattern: str, *, of_series: bool) -> tuple[Geometry, 
             raise InputError(reference, "is no DICOM series", "the folder or zip of one, for a DICOM SEG")
         image = io.outline([reference]) or io.read_volume(reference)
         return image.geometry, image.header
-    series = io.series(reference, pattern)
-    if series.geometry is None:
-        raise IncompleteSeries(series.name, series.reason, "a series that is a volume")
-    return series.geometry, series
+    # a mask of a tilted or uneven series lies on the grid that it was read on, or is refused
+    series = io.series(reference, pattern, resample_irregular=True)
+    return io.dicom.check(series), series

@@ -204,7 +204,9 @@ def measure_folders(
     masks: Path,
     labels: Labels | None = None,
     progress: Progress = silent,
+    *,
     series: Sequence[str] = (),
+    resample_irregular: bool = False,
 ) -> CohortStats:
     """Measure every mask on the image of its name (endings aside).
 
@@ -214,6 +216,7 @@ def measure_folders(
         labels: names of the values; without them those that each file knows, else ``label_<value>``.
         progress: called after each case.
         series: which DICOM series are meant, as ``find_cases`` takes it.
+        resample_irregular: likewise.
 
     Returns:
         One a mask. A DICOM SEG or ``.seg.nrrd`` is first turned, cut and padded to the image's grid, if both have the
@@ -225,7 +228,7 @@ def measure_folders(
         DatasetError: a dataset.json that cannot be used.
     """
     places = [images] if isinstance(images, Path | str) else images
-    cases = {case.id: case for case in find_cases(*places, series=series)}
+    cases = {case.id: case for case in find_cases(*places, series=series, resample_irregular=resample_irregular)}
     found = find_masks(masks)
     if len(cases) == len(found) == 1:
         cases = dict(zip(found, cases.values(), strict=True))

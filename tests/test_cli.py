@@ -32,6 +32,8 @@ from typer.testing import CliRunner
 import medseg
 from medseg import cli, pipeline, train
 from medseg import io as read
+from medseg.batch import Outputs
+from medseg.cases import MASK_FORMATS
 from medseg.cli import app
 from medseg.engines import ENGINES, PRECISIONS, Quantisation
 from medseg.errors import InputError, TrainingError
@@ -153,6 +155,10 @@ def test_what_is_no_list_of_folds_is_refused(text: str) -> None:
         (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--engine", "steam"], "--engine"),
         (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--probabilities", "heart"], "the model has no heart"),
         (["predict", "EMPTY/*.nii", "-m", "PACKAGE", "-o", "OUT"], "matches no image"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--format", "nii.gz,jpeg"], "--format: formats.1"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--format", ","], "--format: formats"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--format", "dicom-seg"], "2 of 2 images are no DICOM"),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--series", "T1"], "--series: picks series of DICOM"),
         (["predict", "DATA", "EMPTY", "-m", "PACKAGE", "-o", "OUT"], "holds no image among its 0 entries"),
         (["import-nnunet", "EMPTY", "-o", "OUT"], "EMPTY"),
         (["quantise", "nothing", "DATA"], "nothing: "),
@@ -341,6 +347,47 @@ def test_predict_takes_several_places_and_writes_probabilities(
     assert (run["settings"]["memory_limit_mb"], run["engine"]) == (16384, "eager")
 
 
+def test_predict_takes_the_series_that_is_named_and_writes_the_formats_that_are_wanted(
+    tiny_run: RunResult, phantom_dataset: Path, tmp_path: Path
+) -> None:
+    array = np.asanyarray(nibabel.load(phantom_dataset / "imagesTs" / "phantom_007.nii.gz").dataobj).astype(np.int16)
+    for number, offsets in ((1, None), (2, [*range(array.shape[2] - 1), 2 * array.shape[2]])):
+        write_series(
+            tmp_path / "study" / str(number),
+            array,
+            uid=f"1.2.{number}",
+            study_uid="1.2",
+            offsets=offsets,
+            marker="ANNA",
+        )
+    arguments = (
+        "predict",
+        tmp_path / "study",
+        "-m",
+        tiny_run.package,
+        "-o",
+        tmp_path / "out",
+        "--format",
+        "mha,dicom-seg",
+    )
+    uncoded = medseg_(*arguments)
+    assert (uncoded.exit_code, uncoded.stdout) == (2, "")
+    assert "no code for organ" in uncoded.stderr
+    refused = medseg_(*arguments, "--series", "1.2.2", "--allow-uncoded")
+    assert (refused.exit_code, "series 1.2.2: " in refused.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()
+    done = medseg_(*arguments, "--series", "1.2.2", "--allow-uncoded", "--seg-type", "labelmap", "--resample-irregular")
+    assert done.exit_code == 0, done.stderr
+    name = medseg.series(tmp_path / "study", "1.2.2", resample_irregular=True).name
+    assert {f"{name}.mha", f"{name}.dcm"} < {path.name for path in (tmp_path / "out").iterdir()}
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["outputs"] == {"formats": ["mha", "dicom-seg"], "seg_type": "labelmap", "allow_uncoded": True}
+    assert run["settings"]["resample_channels"] is False
+    written = [path.read_bytes() for path in (tmp_path / "out").iterdir() if path.suffix != ".dcm"]
+    said = [result.stdout + result.stderr for result in (uncoded, refused, done)]
+    assert b"ANNA" not in b"".join([*written, *(text.encode() for text in said)])
+
+
 def test_a_job_of_a_slurm_array_takes_its_share_and_says_so(
     tiny_run: RunResult, phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,6 +430,8 @@ def test_predict_offers_the_engines_and_precisions_that_there_are() -> None:
     hints = get_type_hints(cli.predict)
     assert get_args(hints["engine"]) == ("auto", *ENGINES)
     assert get_args(hints["precision"]) == PRECISIONS
+    assert get_args(hints["seg_type"]) == get_args(Outputs.model_fields["seg_type"].annotation)
+    assert all(form in medseg_("predict", "--help").stdout for form in MASK_FORMATS)
 
 
 def test_an_output_folder_that_holds_the_images_is_refused_before_the_model_is_loaded(scans: Path) -> None:
@@ -478,7 +527,7 @@ def test_scan_as_json_is_json_and_nothing_else(study: Path) -> None:
     places = {"study_uid": "1.2.3", "uid": "1.2.3.1", "part": ""}
     grid = {"slices": 8, "size": [20, 16, 8], "spacing_mm": [0.5, 0.75, 3.0], "orientation": "PIR"}
     facts = {"modality": "CT", "description": DESCRIPTION, "transfer_syntax": "Explicit VR Little Endian"}
-    assert ct == {**places, **facts, **grid, "usable": True, "reason": "", "irregular": ""}
+    assert ct == {**places, **facts, **grid, "usable": True, "reason": "", "irregular": "", "warnings": []}
     (gap,) = (series for series in found["series"] if not series["usable"])
     assert (gap["uid"], gap["size"], gap["slices"]) == ("1.2.4.1", None, 8)
     assert gap["reason"]

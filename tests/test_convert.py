@@ -189,10 +189,21 @@ def test_one_of_several_series_is_named(series: Path, mask: Path, tmp_path: Path
     assert volumes(tmp_path / "a.dcm") == expected()
 
 
+def test_a_mask_on_the_grid_that_a_tilted_or_uneven_series_is_read_on_becomes_a_segmentation(tmp_path: Path) -> None:
+    for name, grid in (("tilted", {"step": (0, 0.5, 2)}), ("uneven", {"offsets": [0, 2, 4, 8]})):
+        write_series(tmp_path / name, np.ones((6, 6, 4), np.int16), **grid)  # type: ignore[arg-type]
+        read_on = io.dicom.check(io.series(tmp_path / name, resample_irregular=True))
+        array = np.zeros(read_on.shape, np.uint8)
+        array[2:4, 2:4, 1] = 1
+        io.write_mask(Mask(array, read_on, LABELS), tmp_path / f"{name}.nii.gz")
+        made = convert(tmp_path / f"{name}.nii.gz", tmp_path / f"{name}.dcm", reference=tmp_path / name)
+        np.testing.assert_array_equal(made.array, array)
+
+
 def test_a_series_that_is_no_volume_is_no_reference(mask: Path, tmp_path: Path) -> None:
-    write_series(tmp_path / "gap", np.ones((4, 4, 4), np.int16), offsets=[0, 1, 2, 4])
+    write_series(tmp_path / "one", np.arange(64, dtype=np.int16).reshape(4, 4, 4), offsets=[0, 0, 0, 0])
     with pytest.raises(IncompleteSeries):
-        convert(mask, tmp_path / "a.dcm", reference=tmp_path / "gap", labels=LABELS)
+        convert(mask, tmp_path / "a.dcm", reference=tmp_path / "one", labels=LABELS)
 
 
 # Names
