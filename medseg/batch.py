@@ -124,9 +124,7 @@ def predict_cases(
         OSError: the tables cannot be written.
     """
     require_apart(cases, out)
-    _require_series(predictor, cases)
-    if "dicom-seg" in outputs.formats:
-        _require_dicom(predictor, cases, outputs)
+    require_fitting(predictor, cases, outputs)
     out.mkdir(parents=True, exist_ok=True)
     if not all(io.is_picture(case.images[0]) for case in cases):
         label_tables.write_labels(predictor.labels, out, predictor.package.manifest.name)
@@ -520,12 +518,19 @@ class _Aside:
             del item
 
 
-def _require_series(predictor: Predictor, cases: Sequence[Case]) -> None:
-    """Refuse cases of DICOM none of which has a series a channel.
+def require_fitting(predictor: Predictor, cases: Sequence[Case], outputs: Outputs) -> None:
+    """Refuse what no case could give.
 
     Raises:
-        InputError: see above.
+        InputError: of the cases of DICOM none has a series a channel; or a DICOM SEG is wanted of images that are not
+            DICOM, or of labels without codes that are not allowed.
     """
+    _require_series(predictor, cases)
+    if "dicom-seg" in outputs.formats:
+        _require_dicom(predictor, cases, outputs)
+
+
+def _require_series(predictor: Predictor, cases: Sequence[Case]) -> None:
     channels = predictor.package.plan.channels
     usable = [case for case in cases if isinstance(case.images[0], Series) and not case.images[0].reason]
     counts = {len(case.images) for case in usable}
@@ -536,11 +541,6 @@ def _require_series(predictor: Predictor, cases: Sequence[Case]) -> None:
 
 
 def _require_dicom(predictor: Predictor, cases: Sequence[Case], outputs: Outputs) -> None:
-    """Refuse DICOM SEG where it cannot be written.
-
-    Raises:
-        InputError: of images that are not DICOM, or of labels without codes that are not allowed.
-    """
     where = "--format dicom-seg"
     others = [case.id for case in cases if not io.is_dicom(case.images[0])]
     if others:

@@ -114,14 +114,15 @@ def find_cases(*places: Path | str, series: Sequence[str] = (), resample_irregul
     wanted = _Wanted(tuple(series), resample_irregular)
     # files named one by one, as a shell does with a pattern, are grouped into channels as those of a folder
     files = [Path(place) for place in places if Path(place).is_file() and _is_image(Path(place))]
-    if files and series:
-        raise InputError("--series", f"picks series of DICOM, and {files[0]} is none", "folders, zips or files of it")
     cases = _group_channels(files)
     for place in places:
         if Path(place) not in files:
             cases += wanted.cases_at(place)
     if not cases:
         raise InputError("INPUT", "is not given", "an image, a folder, a pattern, a dataset.json or a CSV file")
+    others = [case.paths[0] for case in cases if not any(isinstance(image, Series) for image in case.images)]
+    if others and series:
+        raise InputError("--series", f"picks series of DICOM, and {others[0]} is none", "folders, zips or files of it")
     _require_one_usable(cases)
     return _unique(cases)
 
