@@ -940,6 +940,7 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Say what is installed, which device is used, what is missing."""
     import importlib.util
 
+    from medseg.io.pixels import decoders
     from medseg.journal import versions
 
     output = _console(stderr=False)
@@ -958,6 +959,8 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
         output.print(
             f"{module}: " + ("installed" if found else escape(f"missing, for {use}: pip install 'medseg[{extra}]'"))
         )
+    for syntax, missing in decoders().items():
+        output.print(escape(f"DICOM {syntax}: {missing or 'can be read'}"))
 
 
 @app.command(epilog=_examples("medseg demo", "medseg demo -o trial --time-budget 30s"))

@@ -626,6 +626,13 @@ def test_doctor_names_what_is_missing_with_the_line_that_installs_it(monkeypatch
     assert re.search(r"^device: (cpu|cuda|mps)", whole.stdout, re.MULTILINE)
     assert "SimpleITK: installed" in whole.stdout
     assert "missing" not in whole.stdout
+    read = re.findall(r"^DICOM (.+): can be read$", whole.stdout, re.MULTILINE)
+    assert len(read) == 12  # RLE, two of JPEG, two of lossless JPEG, two of JPEG-LS, five of JPEG 2000
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    without = medseg_("doctor").stdout
+    assert re.findall(r"^DICOM (.+): can be read$", without, re.MULTILINE) == ["RLE Lossless"]
+    name = "JPEG-LS Lossless Image Compression"
+    assert f"DICOM {name}: no decoder of {name} is installed; pip install imagecodecs" in without
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "SimpleITK: missing, for .mha, .mhd and .nrrd files: pip install 'medseg[itk]'" in medseg_("doctor").stdout
 

@@ -364,7 +364,7 @@ def _reason(part: Part, images: list[Image], laid: stack.Stack) -> tuple[str, bo
         if image.fault and image.frames[0].instance in mine:
             return f"instance {image.uid} {image.fault}", image.damaged
     for frame in part.frames:
-        if missing := pixels.undecodable(frame.encoding):
+        if missing := pixels.undecodable(frame.encoding.syntax):
             return missing, True
     if any(frame.slope == 0 for frame in part.frames) and not any(frame.slope for frame in part.frames):
         return "the rescale slope is 0: every voxel would have one value", True

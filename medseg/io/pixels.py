@@ -42,14 +42,19 @@ def syntax_name(uid: str) -> str:
     return str(UID_dictionary[uid][0]) if uid in UID_dictionary else "unknown transfer syntax"
 
 
-def undecodable(encoding: Encoding) -> str:
-    """Why the pixels cannot be decoded here, with the package to install; empty where they can."""
-    if encoding.syntax in NATIVE or encoding.syntax == _RLE:
+def undecodable(syntax: str) -> str:
+    """Why pixels of a transfer syntax cannot be decoded here, with the package to install; empty where they can."""
+    if syntax in NATIVE or syntax == _RLE:
         return ""
-    name = syntax_name(encoding.syntax)
-    if encoding.syntax not in _DECODERS:
+    name = syntax_name(syntax)
+    if syntax not in _DECODERS:
         return f"{name} cannot be decoded; convert it to another transfer syntax"
-    return "" if _decoder(encoding.syntax) else f"no decoder of {name} is installed; pip install imagecodecs"
+    return "" if _decoder(syntax) else f"no decoder of {name} is installed; pip install imagecodecs"
+
+
+def decoders() -> dict[str, str]:
+    """By the name of every compressed transfer syntax that there is a decoder of, what ``undecodable`` says of it."""
+    return {syntax_name(syntax): undecodable(syntax) for syntax in (_RLE, *_DECODERS)}
 
 
 def kind_of(frames: Sequence[Frame]) -> np.dtype[Any]:
@@ -85,7 +90,7 @@ def read(reader: Reader, frames: Mapping[int, Frame]) -> Iterator[tuple[int, NDA
     for key, frame in sorted(frames.items(), key=lambda item: item[1].number):
         keys.setdefault(frame.number, []).append(key)
     instance, encoding = first.instance, first.encoding
-    if missing := undecodable(encoding):
+    if missing := undecodable(encoding.syntax):
         found, _, remedy = missing.partition("; ")
         raise UnreadableFile(instance.path, found, remedy=remedy)
     decode = _native if encoding.syntax in NATIVE else _compressed
