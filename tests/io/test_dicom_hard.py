@@ -1319,8 +1319,21 @@ def test_a_scout_is_never_stacked(tmp_path: Path) -> None:
     assert series.uid == "1.2.3.1"
 
 
+def _siemens(dataset: Dataset, k: int) -> None:
+    dataset.private_block(0x0019, "SIEMENS MR HEADER", create=True).add_new(0x0A, "US", 25)
+
+
+def _united(dataset: Dataset, k: int) -> None:
+    """Grids of United Imaging: slices in one image, each with an item of a private sequence."""
+    block = dataset.private_block(0x0065, "Image Private Header", create=True)
+    block.add_new(0x50, "DS", "25")
+    block.add_new(0x51, "SQ", [Dataset() for _ in range(25)])
+
+
 MOSAICS = {
     "by type": put(ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]),
+    "Siemens": _siemens,
+    "United Imaging": _united,
 }
 
 
@@ -1922,3 +1935,19 @@ def test_a_deflated_bomb(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100 * 2**20
+
+
+def test_a_zip_with_fewer_members_than_it_counts(tmp_path: Path) -> None:
+    write_series(tmp_path / "in", VOXELS)
+    content = bytearray(zipped(tmp_path / "in", tmp_path / "study.zip").read_bytes())
+    end = content.rindex(b"PK\5\6")
+    (start,) = struct.unpack("<I", content[end + 16 : end + 20])
+    last = content.rindex(b"PK\1\2")
+    content[end + 12 : end + 16] = struct.pack("<I", last - start)  # the directory ends before its last entry
+    del content[last:end]
+    (tmp_path / "study.zip").write_bytes(content)
+    try:
+        volume = dicom.read(tmp_path / "study.zip")
+    except InputError:
+        return
+    assert volume.warnings
