@@ -459,8 +459,9 @@ def _scaled(array: NDArray[Any], header: Nifti1Header, path: Path) -> NDArray[An
     if scale is None:
         return array
     result = np.empty(array.shape, dtype=_scaled_type(array.dtype), order="F")
-    for part, scaled in zip(pieces(array), pieces(result), strict=True):
-        scaled[...] = part.astype(np.float64) * scale[0] + scale[1]
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is refused where an image is taken in
+        for part, scaled in zip(pieces(array), pieces(result), strict=True):
+            scaled[...] = part.astype(np.float64) * scale[0] + scale[1]
     return result
 
 
@@ -514,7 +515,8 @@ def _qform(header: Nifti1Header, code: int) -> NDArray[np.float64] | None:
     if code <= 0:
         return None
     try:
-        return np.asarray(header.get_qform(), dtype=np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are refused as they come out
+            return np.asarray(header.get_qform(), dtype=np.float64)
     except (HeaderDataError, ValueError):
         return None
 
@@ -529,7 +531,8 @@ def check_affine(affine: NDArray[np.float64] | None, path: object) -> None:
         raise InputError(path, "has no affine", "an image with orientation")
     if not np.isfinite(affine).all():
         raise InputError(path, "the affine has a value that is not finite", "finite numbers", _REPLACE)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(over="ignore"):
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if spacing.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / np.maximum(spacing, 1e-300))) < 1e-4:
         raise InputError(path, "the affine is singular: it flattens the image", "three independent axes", _REPLACE)
     if spacing.min() < 1e-3 or spacing.max() > 1e3:

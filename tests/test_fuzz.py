@@ -1,0 +1,111 @@
+"""Damaged headers of every format: typed errors, no hang, no memory beyond the need. See benchmarks/fuzz.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from medseg.errors import UnreadableFile
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def fuzz() -> ModuleType:
+    """benchmarks/fuzz.py as a module."""
+    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "benchmarks" / "fuzz.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["fuzz"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["nifti", "dicom", "seg", "nrrd", "tables"])
+def test_some_damaged_files_are_read_or_refused(fuzz: ModuleType, kind: str, tmp_path: Path) -> None:
+    report = fuzz.Report()
+    with fuzz.Fuzzer(kind, 3, tmp_path) as fuzzer:
+        for number in range(200):
+            report.add(fuzzer.case(number))
+    assert not report.failures, str(report)
+    assert report.outcomes["read"] > 10  # not all of them so damaged that nothing looks at their fields
+    assert report.outcomes["refused: UnreadableFile"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nifti", "dicom", "seg", "nrrd", "tables"])
+def test_ten_thousand_damaged_files_are_read_or_refused(fuzz: ModuleType, kind: str) -> None:
+    report = fuzz.run(kind, 10_000)
+    assert not report.failures, str(report)
+    assert report.outcomes.total() == 10_000
+
+
+def _broken(fuzz: ModuleType, how: str) -> None:
+    """Puts a kind of file "broken" that fails as told to the third time that it is read."""
+    times = iter(range(1000))
+
+    def read(folder: Path) -> int:
+        if next(times) == 2:
+            exec(how, {"fuzz": fuzz, "UnreadableFile": UnreadableFile})
+        return 0
+
+    fuzz.KINDS["broken"] = fuzz.Kind(lambda _: [{"a": b"abcdefgh"}, {"b": b"12345678"}], fuzz.anyhow, read)
+
+
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("import logging; logging.getLogger('medseg').error('of %s', fuzz.MARKER)", "in the log"),
+        ("raise UnreadableFile('a.dcm', f'is of {fuzz.MARKER}')", "in an error"),
+        ("fuzz.LIMIT_S = -1.0", " s"),
+    ],
+)
+def test_failures_are_found(
+    fuzz: ModuleType, how: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzz, "LIMIT_S", fuzz.LIMIT_S)
+    monkeypatch.setattr(fuzz, "KINDS", dict(fuzz.KINDS))
+    _broken(fuzz, how)
+    with fuzz.Fuzzer("broken", 0, tmp_path, tmp_path / "kept") as fuzzer:
+        case = fuzzer.case(0)
+    assert case.outcome.startswith("FAILED")
+    assert found in case.outcome
+    assert (tmp_path / "kept" / "broken_0_0").is_dir()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured on Linux alone")
+def test_memory_beyond_the_need_is_found(fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz, "KINDS", dict(fuzz.KINDS))
+    _broken(fuzz, "b'1' * (3 * fuzz.SLACK_BYTES)")
+    with fuzz.Fuzzer("broken", 0, tmp_path) as fuzzer:
+        assert "memory" in fuzzer.case(0).outcome
+
+
+def test_a_process_that_ends_is_found_and_the_next_go_on(
+    fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script in place of fuzz.py that crashes at case 1 and goes on from 2."""
+    script = tmp_path / "child.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "for number in range(int(sys.argv[sys.argv.index('--first') + 1]), 4):\n"
+        "    if number == 1: os.abort()\n"
+        "    print(json.dumps({'number': number, 'outcome': 'read'}), flush=True)\n"
+    )
+    monkeypatch.setattr(fuzz, "__file__", str(script))
+    report = fuzz.run("nifti", 4)
+    assert report.outcomes["read"] == 3
+    assert [(case.number, "the process ended" in case.outcome) for case in report.failures] == [(1, True)]
+
+
+def test_a_process_without_a_word_is_ended(fuzz: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "child.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(fuzz, "__file__", str(script))
+    monkeypatch.setattr(fuzz, "HANG_S", 0.5)
+    assert "no word" in fuzz.run("nifti", 1).failures[0].outcome
