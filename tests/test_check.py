@@ -5,17 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from dicoms import write_series
 from PIL import Image
 from small_datasets import decathlon, image, mask, nnunet, picture, save_picture, write, write_pictures
 
-from medseg.check import check
-from medseg.dataset import Dataset, Finding, Findings
+from medseg import io
+from medseg.check import check, check_images
+from medseg.dataset import Case, Dataset, Finding, Findings
+from medseg.volume import Labels, Mask
 
 DATA = os.environ.get("MEDSEG_TEST_DATA", "")
 needs_data = pytest.mark.skipif(not DATA, reason="MEDSEG_TEST_DATA is not set")
@@ -259,3 +263,83 @@ def test_planted_faults_and_nothing_else() -> None:
 def test_nothing_false_on_task04() -> None:
     dataset = Dataset.open(Path(DATA) / "Task04_Hippocampus")
     assert check(dataset) == Findings(findings=(), cases_checked=200)
+
+
+# ---- DICOM -----------------------------------------------------------------------------------------------------------
+
+LIVER = Labels(values={"liver": 2, "spleen": 40})
+
+
+def of_series(root: Path, count: int = 2) -> Path:
+    """A sound dataset whose images are folders and zips of DICOM, and whose labels are DICOM segmentations."""
+    for n in range(count):
+        folder = root / "imagesTr" / f"d{n}"
+        voxels = np.random.default_rng(n).integers(0, 900, (10, 8, 6)).astype(np.int16)
+        write_series(folder, voxels, spacing=(0.5, 0.75, 3.0), row=(0, 1, 0), column=(0, 0, -1))
+        segmented(folder, root / "labelsTr" / f"d{n}.dcm")
+    shutil.make_archive(str(root / "imagesTr" / "d0"), "zip", root / "imagesTr" / "d0")
+    shutil.rmtree(root / "imagesTr" / "d0")
+    entries = [{"image": f"imagesTr/{name}", "label": f"labelsTr/{name[:2]}.dcm"} for name in ("d0.zip", "d1")]
+    body = {"name": "DICOM", "modality": {"0": "CT"}, "labels": {"0": "background", **named()}, "training": entries}
+    (root / "dataset.json").write_text(json.dumps(body))
+    return root
+
+
+def named() -> dict[str, str]:
+    return {str(value): name for name, value in LIVER.values.items()}
+
+
+def segmented(folder: Path, path: Path, labels: Labels = LIVER, spleen: bool = True) -> None:
+    series = io.series(folder)
+    array = np.zeros(io.dicom.check(series).shape, np.uint8)
+    array[2:5, 2:5, 2:4], array[6, 2:4, 2] = 2, 40 if spleen else 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    io.write_mask(Mask(array, io.dicom.check(series), labels, header=series), path, allow_uncoded=True)
+
+
+def test_a_dataset_of_dicom_is_sound_or_its_faults_are_named(tmp_path: Path) -> None:
+    of_series(tmp_path)
+    assert found(tmp_path) == []
+    series, seg = tmp_path / "imagesTr" / "d1", tmp_path / "labelsTr" / "d1.dcm"
+
+    segmented(series, seg, spleen=False)
+    assert found(tmp_path) == [("d1", "class-missing", False)]
+    segmented(series, seg, Labels(values={"liver": 2, "elbow": 40}))
+    assert found(tmp_path) == [("d1", "damaged", True)]  # a segment that nobody knows
+    write_series(tmp_path / "other", np.zeros((10, 8, 6), np.int16), spacing=(1, 0.75, 3.0))
+    segmented(tmp_path / "other", seg)
+    assert found(tmp_path) == [("d1", "grid", True)]
+    seg.write_bytes(b"DICOM?")
+    assert found(tmp_path) == [("d1", "damaged", True)]
+    segmented(series, seg)
+    io.series(series).files[2].unlink()
+    (finding,) = check(Dataset.open(tmp_path)).findings
+    assert (finding.case, finding.kind, finding.unusable) == ("d1", "damaged", True)
+    assert "imagesTr/d1" in finding.found
+
+
+def test_images_without_a_dataset(tmp_path: Path) -> None:
+    write(tmp_path / "a.nii.gz", image(0))
+    write(tmp_path / "b.nii.gz", with_nan(image(1)))
+    write_series(tmp_path / "c", np.ones((8, 8, 4), np.int16), offsets=[0, 1, 2, 4])
+    (bad,) = io.dicom.scan(tmp_path / "c").series
+    cases = [Case(name, (tmp_path / f"{name}.nii.gz",), None) for name in ("b", "a", "missing")]
+    seen: list[str] = []
+    findings = check_images([*cases, Case(bad.name, (bad,), None)], lambda work, fraction, note: seen.append(note))
+    assert [(f.case, f.kind, f.unusable) for f in findings.findings] == [
+        *(("b", "unreadable", True), ("missing", "unreadable", True), (bad.name, "unreadable", True)),
+    ]
+    b, missing, gap = findings.findings
+    assert "not finite" in b.found
+    assert "missing.nii.gz" in missing.found
+    assert "2.00 mm" in gap.found
+    assert "--resample-irregular" in gap.remedy
+    assert findings.cases_checked == len(seen) == 4
+    assert check_images([]) == Findings(findings=(), cases_checked=0)
+
+
+def test_what_is_odd_about_an_image_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "a.nii.gz", image(0))
+    (tmp_path / "a.nii.gz").rename(tmp_path / "a.nii")
+    (finding,) = check_images([Case("a", (tmp_path / "a.nii",), None)]).findings
+    assert (finding.kind, finding.unusable, "compressed" in finding.found) == ("odd", False, True)
