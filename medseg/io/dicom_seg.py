@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import itertools
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +21,9 @@ from numpy.typing import NDArray
 
 import medseg
 from medseg.errors import GeometryMismatch, IncompleteSeries, InputError, MedsegError, UnreadableFile
-from medseg.geometry import Geometry
-from medseg.io import archive, dicom
+from medseg.geometry import Geometry, Reorientation
+from medseg.io import archive, dicom, stack
+from medseg.io import frames as files
 from medseg.records import replacing
 from medseg.terminology import Code, Coding, Colour, coding_of, colour_of
 from medseg.volume import Labels, Mask
@@ -48,18 +47,21 @@ _INHERITED_IF_THERE = (
     "StudyDescription",
 )
 _REFERRED = (
-    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "Modality"),
-    *("Rows", "Columns", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
+    *("SOPClassUID", "Modality", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
 )
+_NOWHERE = (1e6, 1e6, 1e6)
+_BACKGROUND = Code(value="125040", meaning="Background", scheme="DCM")
 _LONG_STRING = 64
 """Characters of a value of kind LO (PS3.5, 6.2)."""
 _SERIES_NUMBER = 900
 """Beyond the numbers that scanners give."""
 
-_TOLERANCE = 1e-2
-"""Of a voxel, within which grids lie on each other; as ``Geometry.close_to``."""
+_TOLERANCE = 0.1
+"""Of a voxel, within which one lies on another: positions are rounded, and slices a little uneven (``stack.DRIFT``)."""
 _SOP_CLASS_UID = 0x00080016
 _MOST_VOXELS = 2**32
+_MOST_COMPRESSION = 10_000
+"""Times; a frame of one colour is a thousandth in JPEG-LS."""
 _MOST_GAP = 4096
 """Slices that a segmentation may span beyond the frames that it has."""
 
@@ -107,9 +109,9 @@ def write(
         raise InputError(path, "the mask has no labels", "names of its integers", "read it with labels")
     segments = _segments(labels, path, dataset, allow_uncoded)
     with _quiet():
-        image = _guarded(lambda: _Image.of(series), series.name)
-        frames = _frames(mask, labels, image, series)
-        built = _guarded(lambda: _built(frames, image, segments, kind, _Maker(model, version)), series.name)
+        images = _guarded(lambda: _images_of(series), series.name)
+        frames = _frames(mask, labels, series)
+        built = _guarded(lambda: _built(frames, images, segments, kind, _Maker(model, version)), series.name)
         with replacing(path) as temporary:
             built.save_as(temporary)
 
@@ -142,19 +144,25 @@ def matched(mask: Mask, geometry: Geometry) -> Mask:
     """
     if mask.geometry.close_to(geometry):
         return replace(mask, geometry=geometry)
-    with _quiet():
-        array = _brought(mask, geometry)
-    lost = int(np.count_nonzero(mask.array)) - int(np.count_nonzero(array))
+    turn = _turn(mask.geometry, geometry)
+    array, start = turn.apply(mask.array), _start(mask.geometry.reoriented(turn), geometry)
+    low = np.clip(start, 0, geometry.shape)
+    high = np.clip(start + array.shape, 0, geometry.shape)
+    inside = array[tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))]
+    lost = int(np.count_nonzero(array)) - int(np.count_nonzero(inside))
     if lost:
         found = f"{lost:,} labelled voxels of the mask lie outside of the image"
         raise GeometryMismatch("mask", found, "a mask within the image", "is it the mask of this image?")
-    return replace(mask, array=array, geometry=geometry)
+    result = np.zeros(geometry.shape[::-1], dtype=array.dtype).T  # slice after slice, as read
+    result[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = inside
+    return replace(mask, array=result, geometry=geometry)
 
 
 def is_segmentation(path: Path) -> bool:
-    """Whether a file is a DICOM SEG by its header, or a folder or zip holds one."""
-    with _quiet():
+    """Whether a file is a DICOM SEG by its header, or a folder or zip holds one; False where nothing can be read."""
+    with _quiet(), contextlib.suppress(InputError):
         return next(_instances(path), None) is not None
+    return False
 
 
 @contextlib.contextmanager
@@ -165,8 +173,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with files.silent():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -177,7 +184,7 @@ def _guarded(work: Callable[[], Result], where: object, error: type[MedsegError]
     """What ``work`` gives; whatever a library raises is told by its kind alone, for its text quotes values."""
     try:
         return work()
-    except (MedsegError, OSError, MemoryError):
+    except (MedsegError, MemoryError):
         raise
     except Exception as failure:  # noqa: BLE001 - damaged headers make the libraries raise nearly anything
         found = f"has headers that cannot be used ({type(failure).__name__})"
@@ -233,101 +240,115 @@ def _text(value: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Image:
-    """The images behind a mask.
+class _Images:
+    """The images behind a mask, with nothing in them but what a SEG may know.
 
     Attributes:
-        sources: their headers with nothing but what a SEG may know, in the order of the slices; one if multi-frame.
-        positions: of the slices, for a multi-frame image, whose frames have an order of their own; else None.
-        shape: columns, rows, slices.
+        sources: one a slice, in their order; or the only multi-frame one.
+        further: more multi-frame ones, which hold slices too.
+        positions: of the slices, where frames of multi-frame images have an order of their own; else None.
     """
 
     sources: list[Any]
+    further: list[Any]
     positions: list[Any] | None
-    shape: tuple[int, int, int]
-
-    @classmethod
-    def of(cls, series: dicom.Series) -> _Image:
-        headers = list(dicom.headers(series))
-        if not headers[0].get("FrameOfReferenceUID"):
-            found = "has no Frame of Reference UID, which a DICOM SEG needs to lie anywhere"
-            raise InputError(series.name, found, "", "write another format")
-        many = "PerFrameFunctionalGroupsSequence" in headers[0]
-        positions, sources = _multi_frame(headers[0], series) if many else (None, _single_frames(headers, series))
-        count = len(positions) if positions else len(sources)
-        _inherit(headers[0], sources[0], series.name)
-        return cls(sources, positions, (int(headers[0].Columns), int(headers[0].Rows), count))
 
 
-def _single_frames(headers: Sequence[Any], series: dicom.Series) -> list[Any]:
-    first, sources = headers[0], []
-    for header in headers:
-        source = _reference(header)
-        source.ImagePositionPatient = header.ImagePositionPatient
-        source.ImageOrientationPatient = first.ImageOrientationPatient  # equal but for rounding
-        source.update(_measures(first, series))
-        sources.append(source)
-    return sources
-
-
-def _multi_frame(header: Any, series: dicom.Series) -> tuple[list[Any], list[Any]]:
+def _images_of(series: dicom.Series) -> _Images:
     from highdicom import PlanePositionSequence
+
+    dicom.check(series)
+    if not series.frame_uid:
+        log.warning("%s: no Frame of Reference UID in the images; the DICOM SEG has one of its own", series.name)
+    with archive.Reader() as reader:
+        header = files.headers_of(reader, series.frames[0].instance)
+    if "PerFrameFunctionalGroupsSequence" in header:
+        grouped = {instance: [f for f in series.frames if f.instance == instance] for instance in series.instances}
+        first, *further = (_multi_frame(header, series, frames) for frames in grouped.values())
+        positions = [PlanePositionSequence("PATIENT", frame.plane.position) for frame in series.frames if frame.plane]
+        images = _Images([first], further, positions)
+    else:
+        images = _Images([_single_frame(header, series, frame) for frame in series.frames], [], None)
+    _inherit(header, images.sources[0], series.name)
+    return images
+
+
+def _single_frame(header: Any, series: dicom.Series, frame: files.Frame) -> Any:
+    source = _reference(header, series, frame)
+    source.update(_measures(series, frame))
+    source.update(_orientation(series))
+    source.update(_position(frame))
+    return source
+
+
+def _multi_frame(header: Any, series: dicom.Series, frames: list[files.Frame]) -> Any:
     from pydicom.dataset import Dataset
 
-    shared = header.get("SharedFunctionalGroupsSequence", [Dataset()])[0]
-    frames = header.PerFrameFunctionalGroupsSequence
-    groups = Dataset()
-    groups.PlaneOrientationSequence = _group("PlaneOrientationSequence", frames[0], shared)
-    measures = _group("PixelMeasuresSequence", frames[0], shared)[0]
-    groups.PixelMeasuresSequence = [_measures(measures, series)]
-    source = _reference(header)
-    source.NumberOfFrames, source.SharedFunctionalGroupsSequence = len(frames), [groups]
-    source.PerFrameFunctionalGroupsSequence, places = [], []
-    for frame in frames:
+    source, shared = _reference(header, series, frames[0]), Dataset()
+    shared.PixelMeasuresSequence = [_measures(series, frames[0])]
+    shared.PlaneOrientationSequence = [_orientation(series)]
+    mine = {frame.number: frame for frame in frames}
+    items = []
+    for number in range(frames[0].encoding.frames):
         item = Dataset()
-        item.PlanePositionSequence = _group("PlanePositionSequence", frame, shared)
-        source.PerFrameFunctionalGroupsSequence.append(item)
-        places.append([float(v) for v in item.PlanePositionSequence[0].ImagePositionPatient])
-    return [PlanePositionSequence("PATIENT", place) for place in _by_slices(places, series)], [source]
+        item.PlanePositionSequence = [_position(mine.get(number))]
+        items.append(item)
+    source.NumberOfFrames = len(items)
+    source.SharedFunctionalGroupsSequence, source.PerFrameFunctionalGroupsSequence = [shared], items
+    return source
 
 
-def _reference(header: Any) -> Any:
-    """A data set of what a SEG may know of an image; the rest is left behind."""
+def _reference(header: Any, series: dicom.Series, frame: files.Frame) -> Any:
     from pydicom.dataset import Dataset
+    from pydicom.uid import generate_uid
 
     reference = Dataset()
     for keyword in _REFERRED:
         if keyword in header:
             reference[keyword] = header[keyword]
+    reference.SOPInstanceUID, reference.SeriesInstanceUID = frame.uid, series.uid
+    reference.StudyInstanceUID = series.study_uid
+    reference.FrameOfReferenceUID = series.frame_uid or generate_uid(entropy_srcs=[series.uid])
+    reference.Rows, reference.Columns = frame.encoding.rows, frame.encoding.columns
     return reference
 
 
-def _measures(header: Any, series: dicom.Series) -> Any:
+def _measures(series: dicom.Series, frame: files.Frame) -> Any:
     """Pixel measures: the distance of slices is that of their positions, whatever the header says of it."""
     from pydicom.dataset import Dataset
-    from pydicom.valuerep import DS
 
     measures = Dataset()
-    measures.PixelSpacing = header.PixelSpacing
-    measures.SliceThickness = header.get("SliceThickness") or 0
-    if series.geometry is not None and not series.positions_mm:
-        measures.SpacingBetweenSlices = distance = DS(series.geometry.spacing[2], auto_format=True)
-        measures.SliceThickness = header.get("SliceThickness") or distance
+    measures.PixelSpacing = _ds(frame.plane.spacing if frame.plane else ())
+    grid = series.geometry
+    distance = 1000.0 * grid.voxel_volume_ml / (grid.spacing[0] * grid.spacing[1]) if grid else 0.0  # along the normal
+    measures.SliceThickness = _ds([frame.thickness or distance])[0]
+    if not series.positions_mm:
+        measures.SpacingBetweenSlices = _ds([distance])[0]
     return measures
 
 
-def _by_slices(places: list[list[float]], series: dicom.Series) -> list[list[float]]:
-    """The positions of frames in the order of the slices that the geometry of the series names."""
-    geometry = series.geometry
-    if geometry is None:
-        raise IncompleteSeries(series.name, "is no volume", "a series with a grid")
-    count = geometry.shape[2]
-    slices = geometry.world(np.arange(count, dtype=np.float64)[:, None] * (0, 0, 1)) * (-1, -1, 1)  # LPS
-    distances = np.linalg.norm(np.array(places)[None] - slices[:, None], axis=2)
-    nearest = distances.argmin(axis=1)
-    if distances.min(axis=1).max() > 0.1 * geometry.spacing[2]:
-        raise GeometryMismatch(series.name, "frames do not lie where the grid of the series has its slices")
-    return [places[n] for n in nearest]
+def _orientation(series: dicom.Series) -> Any:
+    """The orientation of the first slice, of which the others' is but rounded otherwise."""
+    from pydicom.dataset import Dataset
+
+    orientation, plane = Dataset(), series.frames[0].plane
+    orientation.ImageOrientationPatient = _ds(plane.orientation if plane else ())
+    return orientation
+
+
+def _position(frame: files.Frame | None) -> Any:
+    """The position of a slice; of a frame of another volume one where no slice is."""
+    from pydicom.dataset import Dataset
+
+    position = Dataset()
+    position.ImagePositionPatient = _ds(frame.plane.position if frame and frame.plane else _NOWHERE)
+    return position
+
+
+def _ds(values: Sequence[float]) -> list[Any]:
+    from pydicom.valuerep import DS
+
+    return [DS(float(value), auto_format=True) for value in values]
 
 
 def _inherit(header: Any, source: Any, where: str) -> None:
@@ -355,31 +376,28 @@ def _is_valid(keyword: str, value: Any) -> bool:
     kind = DA if keyword.endswith("Date") else TM if keyword.endswith("Time") else str
     try:
         kind(value)
-    except ValueError:
+    except (ValueError, TypeError):
         return False
     return True
 
 
-def _frames(mask: Mask, labels: Labels, image: _Image, series: dicom.Series) -> NDArray[np.uint8]:
-    """The mask as slices, rows, columns of segment numbers, on the slices of the image."""
+def _frames(mask: Mask, labels: Labels, series: dicom.Series) -> NDArray[np.uint8]:
+    """The mask as slices, rows, columns of segment numbers, on the slices of the series."""
     if series.geometry is not None:
         mask = matched(mask, series.geometry)
-    if mask.array.shape != image.shape:
-        found, expected = ("x".join(map(str, shape)) for shape in (mask.array.shape, image.shape))
-        raise GeometryMismatch(series.name, f"the mask has {found} voxels", expected)
-    indices = labels.to_indices(mask.array)
+    indices = labels.to_indices(dicom.to_slices(series, mask.array))
     if indices.max(initial=0) > len(labels.names):
         raise InputError("mask", f"voxels are marked to be ignored ({labels.ignore})", "labels and background")
-    return indices.transpose(2, 1, 0)
+    return np.ascontiguousarray(indices.transpose(2, 1, 0))
 
 
-def _built(frames: NDArray[np.uint8], image: _Image, segments: list[_Segment], kind: Kind, maker: _Maker) -> Any:
+def _built(frames: NDArray[np.uint8], images: _Images, segments: list[_Segment], kind: Kind, maker: _Maker) -> Any:
     import highdicom
     from highdicom.coding_schemes import CodingSchemeIdentificationItem
     from pydicom.sr.codedict import codes
     from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
-    sources, positions = image.sources, image.positions
+    sources, positions = images.sources, images.positions
     if not frames.any():  # nothing to show, but a SEG has frames: one slice says it for all
         frames, positions, sources = frames[:1], positions and positions[:1], sources[:1]
     model, version = _text(maker.model), _text(maker.version)
@@ -388,6 +406,7 @@ def _built(frames: NDArray[np.uint8], image: _Image, segments: list[_Segment], k
     schemes = [CodingSchemeIdentificationItem(PRIVATE_SCHEME, name="medseg: labels without a code")]
     return highdicom.seg.Segmentation(
         source_images=sources,
+        further_source_images=images.further,
         pixel_array=frames,
         plane_positions=positions,
         segmentation_type=kind,
@@ -446,7 +465,7 @@ class _Frame:
     """Where a frame lies, and which segment it is of: 0 where its values are the numbers of segments."""
 
     segment: int
-    place: tuple[float, float, float]
+    place: list[float]
 
 
 def _instances(path: Path) -> Iterator[archive.Instance]:
@@ -455,7 +474,7 @@ def _instances(path: Path) -> Iterator[archive.Instance]:
 
     with archive.Reader() as reader:
         for instance in archive.instances(path, Counter()):
-            with contextlib.suppress(Exception), reader.open(instance) as stream:
+            with contextlib.suppress(Exception), files.data_of(reader, instance) as (stream, _):
                 header = read_partial(stream, lambda tag, vr, length: tag > _SOP_CLASS_UID)
                 if str(header.get("SOPClassUID")) in SOP_CLASSES.values():
                     yield instance
@@ -470,15 +489,10 @@ def _read(path: Path) -> Mask:
     if kind not in SOP_CLASSES:
         raise UnreadableFile(path, "is a DICOM SEG of no known type", " or ".join(SOP_CLASSES))
     frames = _frame_table(dataset, path)
-    geometry, slices = _grid(dataset, frames, path)
+    geometry, slices, assumed = _grid(dataset, frames, path)
     labels = _labels(dataset, path)
-    array = _filled(dataset, frames, slices, geometry, path)
-    background = _background(dataset)
-    if background:
-        array[array == background] = 0
-    if unknown := labels.unknown(array):
-        raise UnreadableFile(path, f"voxels of segments {unknown[:10]}, which it does not describe", "described ones")
-    return Mask(array, geometry, labels, (path,))
+    array = _filled(dataset, frames, slices, geometry.shape, labels, path)
+    return Mask(array, geometry, labels, (path,), warnings=assumed)
 
 
 def _dataset(path: Path) -> Any:
@@ -488,9 +502,8 @@ def _dataset(path: Path) -> Any:
     if len(found) != 1:
         number = "several DICOM SEG files" if found else "no DICOM SEG"
         raise InputError(path, f"there is {number}", "exactly one", "name the file")
-    with archive.Reader() as reader:
-        content = reader.content(found[0], reader.size(found[0]))
-    return pydicom.dcmread(io.BytesIO(content))
+    with archive.Reader() as reader, files.data_of(reader, found[0]) as (stream, _):
+        return pydicom.dcmread(stream)
 
 
 def _group(name: str, frame: Any, shared: Any) -> Any:
@@ -503,8 +516,8 @@ def _frame_table(dataset: Any, path: Path) -> list[_Frame]:
     rows, columns, count = int(dataset.Rows), int(dataset.Columns), int(dataset.get("NumberOfFrames", 1))
     items, shared = dataset.PerFrameFunctionalGroupsSequence, dataset.SharedFunctionalGroupsSequence[0]
     needed = (rows * columns * count * int(dataset.BitsAllocated) + 7) // 8
-    short = _is_native(dataset) and len(dataset.PixelData) < needed
-    if min(rows, columns, count) < 1 or len(items) != count or short:
+    most = len(dataset.PixelData) * (1 if _is_native(dataset) else _MOST_COMPRESSION)
+    if min(rows, columns, count) < 1 or len(items) != count or needed > most:
         found = f"{count} frames of {columns}x{rows}, {len(items)} described, in {len(dataset.PixelData):,} bytes"
         raise UnreadableFile(path, found, "as many frames as its header claims", "copy it again from its source")
     frames = []
@@ -512,55 +525,73 @@ def _frame_table(dataset: Any, path: Path) -> list[_Frame]:
         segment = 0
         if dataset.SegmentationType == "BINARY":
             segment = int(_group("SegmentIdentificationSequence", item, shared)[0].ReferencedSegmentNumber)
-        x, y, z = (round(float(v), 4) for v in _group("PlanePositionSequence", item, shared)[0].ImagePositionPatient)
-        frames.append(_Frame(segment, (x, y, z)))
-    if len(set(frames)) != count:
+        frames.append(_Frame(segment, _floats(_group("PlanePositionSequence", item, shared)[0].ImagePositionPatient)))
+    if len({(frame.segment, *np.round(frame.place, 3)) for frame in frames}) != count:
         raise UnreadableFile(path, "two frames of one segment at one place", "one frame a segment and slice")
     return frames
 
 
-def _grid(dataset: Any, frames: list[_Frame], path: Path) -> tuple[Geometry, list[int]]:
-    """The grid that the frames span, and the slice of each."""
-    from highdicom.spatial import create_affine_matrix_from_attributes
-    from highdicom.volume import VolumeGeometry
+def _grid(dataset: Any, frames: list[_Frame], path: Path) -> tuple[Geometry, list[int], tuple[str, ...]]:
+    """The grid that the frames span, the slice of each, and what had to be assumed."""
+    from highdicom.spatial import convert_affine_to_convention, create_affine_matrix_from_attributes
 
     shared, items = dataset.SharedFunctionalGroupsSequence[0], dataset.PerFrameFunctionalGroupsSequence
     planes = [_floats(_group("PlaneOrientationSequence", item, shared)[0].ImageOrientationPatient) for item in items]
     measures = _group("PixelMeasuresSequence", items[0], shared)[0]
-    stated = measures.get("SpacingBetweenSlices") or measures.get("SliceThickness")
-    places = [frame.place for frame in frames]
-    turned = np.abs(np.array(planes) - planes[0]).max() > 1e-4
-    distance, slices = (None, None) if turned else _stacked(places, planes[0], abs(float(stated or 0)))
-    if distance is None or slices is None:
-        found = "its frames do not lie on one straight grid of even distances"
-        raise IncompleteSeries(path, found, "", "it belongs to a tilted or uneven series: resample both elsewhere")
-    shape = (int(dataset.Columns), int(dataset.Rows), max(slices) + 1)
+    stated = abs(float(measures.get("SpacingBetweenSlices") or 0))
+    places = np.array([frame.place for frame in frames])
+    turned = np.abs(np.array(planes) - planes[0]).max() > stack.PARALLEL
+    slices = [] if turned else _stacked(places, planes[0], stated)
+    if not slices:
+        found = "its frames do not lie on one line at even distances"
+        raise IncompleteSeries(path, found, "", "it belongs to an uneven series: resample both elsewhere")
+    last, first = max(slices), places[slices.index(0)]
+    shape = (int(dataset.Columns), int(dataset.Rows), last + 1)
     _check_size(shape, len(set(slices)), path)
-    affine = create_affine_matrix_from_attributes(
-        image_position=places[slices.index(0)],
-        image_orientation=planes[0],
-        pixel_spacing=_floats(measures.PixelSpacing),
-        spacing_between_slices=distance,
-    )
-    return Geometry(shape, VolumeGeometry(affine, shape, "PATIENT").get_affine("RAS")), slices
+    distance = stated or abs(float(measures.get("SliceThickness") or 1))
+    affine = create_affine_matrix_from_attributes(first, planes[0], _floats(measures.PixelSpacing), distance)
+    if last:
+        affine[:3, 2] = (places[slices.index(last)] - first) / last
+    geometry = Geometry(shape, convert_affine_to_convention(affine, "LPS", "RAS"))
+    assumed = [] if stated else [f"the distance of slices is not stated: {geometry.spacing[2]:.4g} mm is assumed"]
+    if geometry.is_sheared:
+        assumed.append("its slices are tilted: read as they lie, on a sheared grid")
+    return geometry, slices, tuple(assumed)
 
 
-def _stacked(places: list[Any], plane: list[float], stated: float) -> tuple[float | None, list[int] | None]:
-    """Distance of slices and the slice of each place; the distance stated first, for frames may have been left out."""
+def _stacked(places: NDArray[np.float64], plane: list[float], stated: float) -> list[int]:
+    """The slice of each place, along the normal; none where they do not lie on a line at even distances.
+
+    At the distance stated, for frames may have been left out; or without gaps; or with the smallest as the distance.
+    """
     from highdicom.spatial import get_volume_positions
 
-    for distance in (stated, 0.0) if stated else (0.0,):
-        found: tuple[float | None, list[int] | None] = get_volume_positions(
-            places,
+    normal = np.cross(plane[:3], plane[3:])
+    along = ((places - places[0]) @ normal)[:, None] * normal  # of a tilted stack what it is along the normal
+    for gaps, hint in ((True, stated or None), (False, None), (True, None)):
+        _, slices = get_volume_positions(
+            np.round(along, 3).tolist(),  # what is left of it tells no slices apart
             plane,
-            allow_missing_positions=True,
+            rtol=stack.DRIFT,
+            allow_missing_positions=gaps,
             allow_duplicate_positions=True,
-            spacing_hint=distance or None,
+            spacing_hint=hint,
             index_convention="RD",
         )
-        if found[0] is not None:
-            return found
-    return None, None
+        if slices is not None:
+            return [int(n) for n in slices] if _on_line(places, np.array(slices), normal) else []
+    return []
+
+
+def _on_line(places: NDArray[np.float64], slices: NDArray[np.int_], normal: NDArray[np.float64]) -> bool:
+    """Whether the slices lie where the first and the last of them say."""
+    if not (last := int(slices.max())):
+        return bool(np.abs(places - places[0]).max() <= stack.SAME_PLACE_MM)
+    first = places[int(slices.argmin())]
+    step = (places[int(slices.argmax())] - first) / last
+    length = float(np.linalg.norm(step))
+    aside = np.linalg.norm(places - first - slices[:, None] * step, axis=1).max()
+    return bool(aside <= _TOLERANCE * length and step @ normal >= np.cos(np.radians(stack.MAX_TILT)) * length)
 
 
 def _floats(values: Sequence[Any]) -> list[float]:
@@ -574,17 +605,22 @@ def _check_size(shape: tuple[int, int, int], count: int, path: Path) -> None:
         raise UnreadableFile(path, found, f"at most {_MOST_GAP:,} slices without voxels and {_MOST_VOXELS:,} voxels")
 
 
-def _filled(dataset: Any, frames: list[_Frame], slices: list[int], geometry: Geometry, path: Path) -> NDArray[Any]:
+def _filled(
+    dataset: Any, frames: list[_Frame], slices: list[int], shape: tuple[int, ...], labels: Labels, path: Path
+) -> NDArray[Any]:
     """The array (I, J, K), one frame after the other; in memory the slices lie one after the other."""
+    described, background = set(labels.values.values()), _background(dataset)
     labelled = dataset.SegmentationType == "LABELMAP"
-    most = max(int(segment.SegmentNumber) for segment in dataset.SegmentSequence)
-    kind = np.uint16 if most > 255 or (labelled and int(dataset.BitsAllocated) > 8) else np.uint8
-    array = np.zeros(geometry.shape[::-1], dtype=kind)
+    array = np.zeros(shape[::-1], dtype=np.min_scalar_type(max(described)))
     for frame, k, pixels in zip(frames, slices, _planes(dataset), strict=True):
-        marked = pixels != 0
+        marked = pixels != background
         if array[k][marked].any():
             raise InputError(path, "its segments overlap", "each voxel in one segment", "export one segment at a time")
-        array[k][marked] = pixels[marked] if labelled else frame.segment
+        values = pixels[marked] if labelled else np.full(np.count_nonzero(marked), frame.segment)
+        if unknown := set(np.unique(values).tolist()) - described:
+            found = f"voxels of segments {sorted(unknown)[:10]}, which it does not describe"
+            raise UnreadableFile(path, found, "segments that it describes")
+        array[k][marked] = values
     return array.transpose(2, 1, 0)
 
 
@@ -610,7 +646,7 @@ def _is_native(dataset: Any) -> bool:
 
 
 def _background(dataset: Any) -> int:
-    """The number that stands for background in a LABELMAP."""
+    """The number that stands for background in a LABELMAP: C.8.20.2.3; 0 where it does not say."""
     return int(dataset.get("PixelPaddingValue", 0)) if dataset.SegmentationType == "LABELMAP" else 0
 
 
@@ -622,8 +658,10 @@ def _labels(dataset: Any, path: Path) -> Labels:
     colours: dict[str, Colour] = {}
     for segment in dataset.SegmentSequence:
         number = int(segment.SegmentNumber)
-        if number in (0, _background(dataset)):
+        if number == _background(dataset) or (number == 0 and _code(segment, "SegmentedPropertyType") == _BACKGROUND):
             continue
+        if number == 0:
+            raise InputError(path, "segment 0 is no background", "labels other than 0", "give it another number")
         name = _unused(_text(str(segment.get("SegmentLabel") or "")) or f"segment {number}", values)
         values[name] = number
         if (coding := _coding(segment)) is not None:
@@ -667,21 +705,23 @@ def _code(item: Any, name: str) -> Code | None:
 # Grids
 
 
-def _brought(mask: Mask, geometry: Geometry) -> NDArray[Any]:
-    """The array of the mask on a grid, by highdicom; without what lies outside."""
-    from highdicom.volume import Volume, VolumeGeometry
+def _turn(grid: Geometry, target: Geometry) -> Reorientation:
+    """What turns the axes of a grid into those of another; any, where they are not parallel."""
+    between = np.linalg.inv(target.direction) @ grid.direction
+    axes = max(itertools.permutations(range(3)), key=lambda axes: sum(abs(between[n, a]) for n, a in enumerate(axes)))
+    flips = tuple(bool(between[n, a] < 0) for n, a in enumerate(axes))
+    return Reorientation(axes, flips)  # type: ignore[arg-type]
 
-    try:
-        volume = Volume(mask.array, mask.geometry.affine, "PATIENT", from_reference_convention="RAS")
-        grid = VolumeGeometry(geometry.affine, geometry.shape, "PATIENT", from_reference_convention="RAS")
-        brought = volume.match_geometry(grid, tol=_TOLERANCE)
-        columns, rows, slices = (slice(n) for n in geometry.shape)
-        brought = brought[columns, rows, slices]  # type: ignore[index]  # highdicom 0.28 leaves what is beyond the end
-        result = Geometry(brought.spatial_shape, brought.get_affine("RAS"))
-    except (RuntimeError, ValueError, IndexError):
-        result = None
-    if result is None or not result.close_to(geometry, _TOLERANCE):
+
+def _start(grid: Geometry, target: Geometry) -> NDArray[np.intp]:
+    """The voxel of ``target`` on which the first voxel of ``grid`` lies; and all others behind it.
+
+    Looked at within the grid alone: what a few slices say of places far from them is not sure.
+    """
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in grid.shape))), dtype=np.float64)
+    places = (grid.world(corners) - target.origin) @ np.linalg.inv(target.affine[:3, :3]).T - corners
+    start: NDArray[np.intp] = np.rint(places[0]).astype(np.intp)
+    if np.abs(places - start).max() > _TOLERANCE:
         found = "its voxels do not lie on those of the image, however turned, flipped or cropped"
         raise GeometryMismatch("mask", found, "the lattice of the image", "resample the mask to the image first")
-    array: NDArray[Any] = brought.array
-    return array
+    return start

@@ -1,45 +1,721 @@
+"""DICOM SEG: masks where they belong, by several readers; what a SEG says, and what it must not say."""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import dicoms
+import highdicom
 import numpy as np
 import pydicom
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from medseg.geometry import Geometry
+from medseg.errors import GeometryMismatch, IncompleteSeries, InputError, UnreadableFile
+from medseg.geometry import Box, Geometry
 from medseg.io import dicom, dicom_seg
+from medseg.terminology import Code, Coding
 from medseg.volume import Labels, Mask
 
+DATA = os.environ.get("MEDSEG_TEST_DATA", "")
+needs_data = pytest.mark.skipif(not DATA, reason="MEDSEG_TEST_DATA is not set")
+needs_dciodvfy = pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (dicom3tools) is not installed")
+
 LABELS = Labels(values={"liver": 7, "left kidney": 300, "spleen": 400})
+NUMBERS = {7: 1, 300: 2, 400: 3}
+TURNED = float(np.cos(0.35)), float(np.sin(0.35))
+PLACES: dict[str, dict[str, Any]] = {
+    "axial": {"row": (1, 0, 0), "column": (0, 1, 0)},
+    "sagittal": {"row": (0, 1, 0), "column": (0, 0, -1)},
+    "coronal": {"row": (1, 0, 0), "column": (0, 0, -1)},
+    "negated column": {"row": (1, 0, 0), "column": (0, -1, 0)},
+    "oblique": {"row": (TURNED[0], TURNED[1], 0), "column": (-TURNED[1], TURNED[0], 0)},
+    "double oblique": {
+        "row": (TURNED[0], TURNED[1], 0),
+        "column": (-TURNED[1] * TURNED[0], TURNED[0] ** 2, TURNED[1]),
+    },
+}
+GRID: dict[str, Any] = {"spacing": (0.7, 0.9, 2.5), "origin": (-10.5, 33.25, 12.125)}
+SHAPE = (6, 5, 4)
+ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI", "PSR", "SLA", "AIL", "IPR")
+KINDS = ("BINARY", "LABELMAP")
 
 
-@pytest.fixture
-def series(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def made(paths: Sequence[Path], geometry: Geometry) -> dicom.Series:
-        headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
-        monkeypatch.setattr(dicom, "headers", lambda _: headers)
-        first = headers[0]
-        uids = (first.SeriesInstanceUID, first.StudyInstanceUID, first.FrameOfReferenceUID)
-        return dicom.Series(paths[0].parent, *uids, "", first.Modality, "", (), geometry, "int16", "")
-
-    return made
+def labelled(shape: tuple[int, int, int] = SHAPE) -> NDArray[np.uint16]:
+    """Every label, no symmetry, the first slice and the last column empty."""
+    array = np.zeros(shape, dtype=np.uint16)
+    array[1, 2, 1], array[4, 0, 2], array[0, 4, 3] = 7, 300, 400
+    array[2:4, 1, 1:3] = 7
+    return array
 
 
-@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
-def test_that_labels_come_back_where_they_were(kind: Any, series: Any, tmp_path: Path) -> None:
-    array = np.zeros((6, 5, 4), dtype=np.uint16)
-    array[1, 2, 1], array[4, 0, 2] = 7, 300
-    place = {"spacing": (0.7, 0.9, 2.5), "origin": (-10.5, 33.2, 12.1), "row": (0, 1, 0), "column": (0, 0, -1)}
-    paths = dicoms.write_series(tmp_path, array.astype(np.int16), **place)  # type: ignore[arg-type]
-    geometry = Geometry(array.shape, dicoms.affine_of(**place))  # type: ignore[arg-type]
-    dicom_seg.write(Mask(array, geometry, LABELS, header=series(paths, geometry)), tmp_path / "s.dcm", kind=kind)
-    mask = dicom_seg.read_mask(tmp_path / "s.dcm")
+def a_series(folder: Path, *, make: Callable[..., Any] = dicoms.write_series, **place: Any) -> dicom.Series:
+    make(folder, np.zeros(SHAPE, dtype=np.int16), **{**GRID, **place})
+    return dicom.select(dicom.scan(folder), resample_irregular=True)[0]
+
+
+def a_mask(series: dicom.Series, array: NDArray[Any] | None = None, labels: Labels | None = LABELS) -> Mask:
+    assert series.geometry is not None
+    return Mask(labelled() if array is None else array, series.geometry, labels, header=series)
+
+
+def points(array: NDArray[Any], affine: NDArray[np.float64]) -> dict[tuple[float, ...], int]:
+    """Labelled voxels: where they lie in the world, 1/100 mm, and their labels."""
+    voxels = np.argwhere(array)
+    world = voxels @ affine[:3, :3].T + affine[:3, 3]
+    return {tuple(np.round(w, 2) + 0.0): int(array[tuple(v)]) for w, v in zip(world.tolist(), voxels, strict=True)}
+
+
+def points_of(mask: Mask) -> dict[tuple[float, ...], int]:
+    found = points(mask.array, mask.geometry.affine)
+    return {place: NUMBERS.get(value, value) for place, value in found.items()}
+
+
+def points_by_hand(path: Path) -> dict[tuple[float, ...], int]:
+    """Read frame by frame: PS3.3, equation C.7.6.2.1-1."""
+    dataset = pydicom.dcmread(path)
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    orientation = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=float)
+    between_rows, between_columns = (float(v) for v in shared.PixelMeasuresSequence[0].PixelSpacing)
+    pixels = dataset.pixel_array.reshape(dataset.NumberOfFrames, dataset.Rows, dataset.Columns)
+    found: dict[tuple[float, ...], int] = {}
+    for frame, plane in zip(dataset.PerFrameFunctionalGroupsSequence, pixels, strict=True):
+        first = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
+        for row, column in np.argwhere(plane):
+            x, y, z = first + column * between_columns * orientation[:3] + row * between_rows * orientation[3:]
+            number = int(plane[row, column])
+            if dataset.SegmentationType == "BINARY":
+                number = int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+            place = tuple(np.round([-x, -y, z], 2) + 0.0)
+            assert place not in found
+            found[place] = number
+    return found
+
+
+def points_by_highdicom(path: Path) -> dict[tuple[float, ...], int]:
+    volume = highdicom.seg.segread(path).get_volume(combine_segments=True)
+    return points(volume.array, volume.get_affine("RAS"))
+
+
+def close(one: dict[tuple[float, ...], int], other: dict[tuple[float, ...], int]) -> bool:
+    """Whether each point has a partner of its label within 1/50 mm."""
+    left, right = (np.array([(*place, value) for place, value in sorted(item.items())]) for item in (one, other))
+    if len(left) != len(right):
+        return False
+    distances = np.abs(left[:, None, :] - right[None, :, :]).max(axis=2)
+    return bool((distances.min(axis=0) < 0.021).all() and (distances.min(axis=1) < 0.021).all())
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def somewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dicom.Series:
+    return a_series(tmp_path_factory.mktemp("series"), **PLACES[request.param])
+
+
+@pytest.fixture(scope="module")
+def axial(tmp_path_factory: pytest.TempPathFactory) -> dicom.Series:
+    return a_series(tmp_path_factory.mktemp("axial"))
+
+
+@pytest.mark.parametrize(("kind", "orientation"), list(itertools.product(KINDS, ORIENTATIONS)))
+def test_labels_lie_where_they_lay_however_they_came(
+    somewhere: dicom.Series, kind: Any, orientation: str, tmp_path: Path
+) -> None:
+    mask = a_mask(somewhere)
+    turn = mask.geometry.to(orientation)
+    elsewhere = Mask(turn.apply(mask.array), mask.geometry.reoriented(turn), LABELS, header=somewhere)
+    dicom_seg.write(elsewhere, tmp_path / "seg.dcm", kind=kind)
+    expected = points_of(mask)
+    assert len(expected) == 7  # 4 + 3 voxels, by hand
+    assert close(points_by_hand(tmp_path / "seg.dcm"), expected)
+    assert close(points_by_highdicom(tmp_path / "seg.dcm"), expected)
+    read = dicom_seg.read_mask(tmp_path / "seg.dcm")
+    assert close(points_of(read), expected)
+    back = dicom_seg.matched(read, mask.geometry)
+    assert back.geometry == mask.geometry
+    assert back.array.tolist() == np.vectorize(lambda v: NUMBERS.get(v, 0))(mask.array).tolist()
+
+
+def test_the_world_by_hand(axial: dicom.Series, tmp_path: Path) -> None:
+    array = np.zeros(SHAPE, dtype=np.uint8)
+    array[2, 1, 3] = 7
+    dicom_seg.write(a_mask(axial, array), tmp_path / "seg.dcm")
+    # LPS: -10.5 + 2 * 0.7, 33.25 + 1 * 0.9, 12.125 + 3 * 2.5
+    assert points_by_hand(tmp_path / "seg.dcm") == {(9.1, -34.15, 19.62): 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_of_enhanced_images_are_told_by_their_place(kind: Any, tmp_path: Path) -> None:
+    series = a_series(tmp_path, make=dicoms.write_enhanced, **PLACES["double oblique"])
+    dicom_seg.write(a_mask(series), tmp_path / "out" / "seg.dcm", kind=kind)
+    assert close(points_by_hand(tmp_path / "out" / "seg.dcm"), points_of(a_mask(series)))
+    image, seg = pydicom.dcmread(series.files[0]), pydicom.dcmread(tmp_path / "out" / "seg.dcm")
+    for frame in seg.PerFrameFunctionalGroupsSequence:
+        source = frame.DerivationImageSequence[0].SourceImageSequence
+        assert [item.ReferencedSOPInstanceUID for item in source] == [image.SOPInstanceUID]
+        referred = image.PerFrameFunctionalGroupsSequence[source[0].ReferencedFrameNumber - 1]
+        place = referred.PlanePositionSequence[0].ImagePositionPatient
+        assert frame.PlanePositionSequence[0].ImagePositionPatient == pytest.approx(place)
+
+
+def test_frames_refer_to_their_slices(axial: dicom.Series, tmp_path: Path) -> None:
+    dicom_seg.write(a_mask(axial), tmp_path / "seg.dcm")
+    images = {image.SOPInstanceUID: image for image in dicom.headers(axial)}
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert len(seg.PerFrameFunctionalGroupsSequence) == 4  # liver in two slices, kidney and spleen in one
+    for frame in seg.PerFrameFunctionalGroupsSequence:
+        (source,) = frame.DerivationImageSequence[0].SourceImageSequence
+        place = images[source.ReferencedSOPInstanceUID].ImagePositionPatient
+        assert frame.PlanePositionSequence[0].ImagePositionPatient == pytest.approx(place)
+    first = dicom.headers(axial)[0]
+    for keyword in ("StudyInstanceUID", "FrameOfReferenceUID"):
+        assert seg[keyword].value == first[keyword].value
+    assert seg.SeriesInstanceUID != first.SeriesInstanceUID
+    assert seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices == 2.5
+
+
+def test_slices_may_be_spread_over_several_multi_frame_files(tmp_path: Path) -> None:
+    def change(dataset: Any, k: int) -> None:
+        dataset.FrameOfReferenceUID = "1.2.3"
+
+    for n in range(2):
+        origin = (-10.5, 33.25, 12.125 + n * 2 * 2.5)
+        place = {**GRID, "origin": origin, "uid": "1.2.3.4", "study_uid": "1.2.3.5", "change": change}
+        dicoms.write_enhanced(tmp_path / str(n), np.zeros((6, 5, 2), dtype=np.int16), **place)
+    series = dicom.select(dicom.scan(tmp_path))[0]
+    assert len(series.files) == 2
+    dicom_seg.write(a_mask(series), tmp_path / "out" / "seg.dcm")
+    assert close(points_by_hand(tmp_path / "out" / "seg.dcm"), points_of(a_mask(series)))
+    seg = pydicom.dcmread(tmp_path / "out" / "seg.dcm")
+    referred = {item.ReferencedSOPInstanceUID for item in seg.SourceImageSequence}
+    assert referred == {image.SOPInstanceUID for image in dicom.headers(series)}
+
+
+def test_a_tilted_series_keeps_its_tilt(tmp_path: Path) -> None:
+    step = (0.0, 1.0, 2.5)
+    series = a_series(tmp_path, step=step)
+    assert series.irregular
+    dicom_seg.write(a_mask(series), tmp_path / "seg.dcm")
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    frames = [frame.PlanePositionSequence[0].ImagePositionPatient for frame in seg.PerFrameFunctionalGroupsSequence]
+    assert min(frames, key=lambda place: place[2]) == pytest.approx([-10.5, 34.25, 14.625])  # the second slice
+    assert seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices == pytest.approx(2.5)
+    read = dicom_seg.read_mask(tmp_path / "seg.dcm")
+    assert read.geometry.is_sheared
+    assert "tilted" in read.warnings[0]
+    assert close(points_of(read), points_of(a_mask(series)))
+    assert np.array_equal(dicom_seg.matched(read, a_mask(series).geometry).array > 0, labelled() > 0)
+
+
+def test_labels_of_interpolated_slices_stay_with_the_slices_that_there_are(tmp_path: Path) -> None:
+    series = a_series(tmp_path, offsets=(0.0, 2.5, 7.5, 10.0))
+    assert series.geometry is not None
+    assert series.geometry.shape == (6, 5, 5)
+    array = np.zeros((6, 5, 5), dtype=np.uint8)
+    array[1, 2, 1], array[3, 3, 2], array[4, 4, 3] = 7, 7, 7  # the second was never scanned
+    dicom_seg.write(a_mask(series, array), tmp_path / "seg.dcm")
+    # slices at 2.5 and 7.5 mm: x -10.5 + 0.7 i, y 33.25 + 0.9 j
+    assert points_by_hand(tmp_path / "seg.dcm") == {(9.8, -35.05, 14.62): 1, (7.7, -36.85, 19.62): 1}
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_any_mask_comes_back(
+    axial: dicom.Series, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    values = data.draw(st.lists(st.sampled_from([0, 0, 7, 300, 400]), min_size=120, max_size=120))
+    kind = data.draw(st.sampled_from(KINDS))
+    array = np.array(values, dtype=np.int32).reshape(SHAPE)
+    path = tmp_path_factory.getbasetemp() / "any.dcm"
+    dicom_seg.write(a_mask(axial, array), path, kind=kind)  # type: ignore[arg-type]
+    back = dicom_seg.matched(dicom_seg.read_mask(path), a_mask(axial).geometry)
+    assert np.array_equal(back.array, np.select([array == 7, array == 300, array == 400], [1, 2, 3]))
+
+
+# What a SEG says
+
+
+def segments_of(path: Path) -> list[Any]:
+    return [segment for segment in pydicom.dcmread(path).SegmentSequence if segment.SegmentNumber > 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_label_is_a_segment_with_voxels_or_without(axial: dicom.Series, kind: Any, tmp_path: Path) -> None:
+    array = np.zeros(SHAPE, dtype=np.int32)
+    array[1, 1, 1] = 300
+    dicom_seg.write(a_mask(axial, array), tmp_path / "seg.dcm", kind=kind, model="Task99 model", version="2.1")
+    found = [(segment.SegmentNumber, segment.SegmentLabel) for segment in segments_of(tmp_path / "seg.dcm")]
+    assert found == [(1, "liver"), (2, "left kidney"), (3, "spleen")]
+    kidney = segments_of(tmp_path / "seg.dcm")[1]
+    assert kidney.SegmentAlgorithmType == "AUTOMATIC"
+    algorithm = kidney.SegmentationAlgorithmIdentificationSequence[0]
+    assert (algorithm.AlgorithmName, algorithm.AlgorithmVersion) == ("Task99 model", "2.1")
+    assert algorithm.AlgorithmFamilyCodeSequence[0].CodeMeaning == "Artificial Intelligence"
+    kind_code = kidney.SegmentedPropertyTypeCodeSequence[0]
+    assert (kind_code.CodeValue, kind_code.CodingSchemeDesignator) == ("64033007", "SCT")
+    assert kind_code.SegmentedPropertyTypeModifierCodeSequence[0].CodeValue == "7771000"
+    assert kidney.SegmentedPropertyCategoryCodeSequence[0].CodeValue == "91723000"
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert (seg.Modality, seg.ContentLabel, seg.Manufacturer) == ("SEG", "MEDSEG", "medseg")
+    assert seg.SeriesDescription == "medseg, research use only: Task99 model"
+
+
+def test_codes_and_colours_of_the_labels_come_first_and_come_back(axial: dicom.Series, tmp_path: Path) -> None:
+    lesion = Coding(
+        type=Code(value="108369006", meaning="Neoplasm"),
+        category=Code(value="49755003", meaning="Morphologically Abnormal Structure"),
+        region=Code(value="64033007", meaning="Kidney"),
+        region_modifier=Code(value="24028007", meaning="Right"),
+    )
+    labels = Labels(values={"something": 1}, codings={"something": lesion}, colours={"something": (200, 30, 10)})
+    dicom_seg.write(a_mask(axial, labelled() // 7 % 2, labels), tmp_path / "seg.dcm")
+    found = dicom_seg.read_mask(tmp_path / "seg.dcm").labels
+    assert found is not None
+    assert found.codings == {"something": lesion}
+    assert found.colours == {"something": (200, 30, 10)}
+
+
+def test_labels_without_codes_are_refused_or_get_private_ones(axial: dicom.Series, tmp_path: Path) -> None:
+    labels = Labels(values={"liver": 7, "blob": 300, "thing with a rather long name": 400})
+    with pytest.raises(InputError, match="blob, thing with a rather long name") as failure:
+        dicom_seg.write(a_mask(axial, labels=labels), tmp_path / "seg.dcm")
+    assert "--allow-uncoded" in failure.value.remedy
+    assert not list(tmp_path.iterdir())
+    dicom_seg.write(a_mask(axial, labels=labels), tmp_path / "seg.dcm", allow_uncoded=True)
+    codes = [segment.SegmentedPropertyTypeCodeSequence[0] for segment in segments_of(tmp_path / "seg.dcm")]
+    assert [code.CodingSchemeDesignator for code in codes] == ["SCT", "99MEDSEG", "99MEDSEG"]
+    assert [code.CodeMeaning for code in codes] == ["Liver", "blob", "thing with a rather long name"]
+    assert len({code.CodeValue for code in codes}) == 3
+    assert max(len(code.CodeValue) for code in codes) <= 16
+
+
+def test_an_empty_mask_is_a_valid_seg(axial: dicom.Series, tmp_path: Path) -> None:
+    for kind, frames in (("BINARY", 3), ("LABELMAP", 1)):  # one slice, of every segment
+        path = tmp_path / f"{kind}.dcm"
+        dicom_seg.write(a_mask(axial, np.zeros(SHAPE, dtype=np.uint8)), path, kind=kind)  # type: ignore[arg-type]
+        assert pydicom.dcmread(path).NumberOfFrames == frames
+        mask = dicom_seg.matched(dicom_seg.read_mask(path), a_mask(axial).geometry)
+        assert mask.array.shape == SHAPE
+        assert not mask.array.any()
+        assert mask.labels is not None
+        assert mask.labels.names == ("liver", "left kidney", "spleen")
+
+
+def test_what_cannot_be_written_is_refused(axial: dicom.Series, tmp_path: Path) -> None:
+    path, mask = tmp_path / "seg.dcm", a_mask(axial)
+    with pytest.raises(InputError, match="no labels"):
+        dicom_seg.write(a_mask(axial, labels=None), path)
+    with pytest.raises(InputError, match="no DICOM series behind it"):
+        dicom_seg.write(Mask(mask.array, mask.geometry, LABELS), path)
+    with pytest.raises(InputError, match="BINARY or LABELMAP"):
+        dicom_seg.write(mask, path, kind="FRACTIONAL")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="label names that DICOM cannot hold"):
+        dicom_seg.write(a_mask(axial, labels=Labels(values={"a\\b": 7, "b": 300, "c": 400})), path)
+    with pytest.raises(InputError, match=r"label names .*'x{65}'"):
+        dicom_seg.write(a_mask(axial, labels=Labels(values={"x" * 65: 7, "b": 300, "c": 400})), path)
+    with pytest.raises(InputError, match="marked to be ignored"):
+        dicom_seg.write(a_mask(axial, labels=Labels(values={"liver": 7, "spleen": 300}, ignore=400)), path)
+    with pytest.raises(InputError, match="have no name"):
+        dicom_seg.write(a_mask(axial, labels=Labels(values={"liver": 7})), path)
+    shifted = mask.geometry.affine.copy()
+    shifted[0, 3] += 0.35  # half a voxel
+    with pytest.raises(GeometryMismatch):
+        dicom_seg.write(Mask(mask.array, Geometry(SHAPE, shifted), LABELS, header=axial), path)
+    assert not list(tmp_path.iterdir())
+
+
+MARKER = "ZQXMARKERXQZ"
+INHERITED = {
+    *("PatientName", "PatientID", "IssuerOfPatientID", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
+    "StudyDescription",
+}
+
+
+@pytest.mark.parametrize("make", [dicoms.write_series, dicoms.write_enhanced])
+def test_only_patient_and_study_are_taken_from_the_images(
+    make: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    series = a_series(
+        tmp_path, make=make, marker=MARKER, change=lambda dataset, k: setattr(dataset, "PatientSex", "ZQ")
+    )
+    with caplog.at_level(logging.DEBUG):
+        dicom_seg.write(a_mask(series), tmp_path / "out" / "seg.dcm")
+    seg = pydicom.dcmread(tmp_path / "out" / "seg.dcm")
+    marked = {element.keyword for element in seg.iterall() if element.VR != "SQ" and MARKER in str(element.value)}
+    assert marked == INHERITED
+    assert (tmp_path / "out" / "seg.dcm").read_bytes().count(MARKER.encode()) == len(INHERITED)
+    assert seg.PatientSex == ""
+    assert "PatientSex" in caplog.text
+    assert MARKER not in caplog.text
+    assert "ZQ" not in caplog.text
+
+
+def test_what_is_missing_in_the_images_is_left_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    missing = ("PatientName", "PatientID", "PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber")
+
+    def change(dataset: Any, k: int) -> None:
+        for keyword in (*missing, "FrameOfReferenceUID"):
+            delattr(dataset, keyword)
+
+    series = a_series(tmp_path, change=change)
+    dicom_seg.write(a_mask(series), tmp_path / "out" / "seg.dcm")
+    seg = pydicom.dcmread(tmp_path / "out" / "seg.dcm")
+    assert all(keyword in seg and not seg[keyword].value for keyword in missing)
+    assert seg.FrameOfReferenceUID
+    assert all(keyword in caplog.text for keyword in missing)
+    assert "Frame of Reference UID" in caplog.text
+    assert close(points_by_hand(tmp_path / "out" / "seg.dcm"), points_of(a_mask(series)))
+
+
+@pytest.mark.parametrize(("characters", "name"), [("ISO_IR 100", "Müller^Jörg"), ("ISO_IR 13", "ﾔﾏﾀﾞ^ﾀﾛｳ"), ("", "X^Y")])
+def test_names_of_any_script_are_kept(characters: str, name: str, tmp_path: Path) -> None:
+    def change(dataset: Any, k: int) -> None:
+        dataset.SpecificCharacterSet, dataset.PatientName = characters, name
+
+    labels = Labels(values={"Leber ü": 7, "肾": 300, "spleen": 400})
+    dicom_seg.write(a_mask(a_series(tmp_path, change=change), labels=labels), tmp_path / "s.dcm", allow_uncoded=True)
+    assert pydicom.dcmread(tmp_path / "s.dcm").PatientName == name
+    assert [segment.SegmentLabel for segment in segments_of(tmp_path / "s.dcm")] == ["Leber ü", "肾", "spleen"]
+
+
+def faults(path: Path) -> list[str]:
+    """What dciodvfy calls an error."""
+    done = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False)
+    text = done.stdout + done.stderr
+    assert "\nSegmentation\n" in f"\n{text}"  # the name of the IOD: it was recognised, and all of it checked
+    return [line for line in text.splitlines() if line.startswith("Error")]
+
+
+@needs_dciodvfy
+@pytest.mark.parametrize("make", [dicoms.write_series, dicoms.write_enhanced])
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_dciodvfy_finds_no_error(make: Callable[..., Any], modality: str, tmp_path: Path) -> None:
+    series = a_series(tmp_path, make=make, modality=modality)
+    labels = Labels(values={"liver": 7, "right kidney": 300, "blob": 400})
+    dicom_seg.write(a_mask(series, labels=labels), tmp_path / "out" / "seg.dcm", allow_uncoded=True)
+    assert faults(tmp_path / "out" / "seg.dcm") == []
+    dicom_seg.write(a_mask(series, np.zeros(SHAPE, np.uint8)), tmp_path / "out" / "empty.dcm")
+    assert faults(tmp_path / "out" / "empty.dcm") == []
+
+
+@needs_dciodvfy
+@pytest.mark.parametrize("make", [dicoms.write_series, dicoms.write_enhanced])
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_dciodvfy_finds_no_error_in_a_labelmap_but_that_it_is_one(
+    make: Callable[..., Any], modality: str, tmp_path: Path
+) -> None:
+    """Its SOP class is younger than dciodvfy: it is changed to that of binary ones, so that all else is checked.
+
+    PS3.3 2024d, C.8.20.2.3, has every value of a LABELMAP described, 0 too, and in them the numbers of segments.
+    """
+    dicom_seg.write(a_mask(a_series(tmp_path, make=make, modality=modality)), tmp_path / "seg.dcm", kind="LABELMAP")
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    seg.SOPClassUID = seg.file_meta.MediaStorageSOPClassUID = dicom_seg.SOP_CLASSES["BINARY"]
+    seg.save_as(tmp_path / "checked.dcm")
+    attributes = "<Segmentation Type>", "<Segment Number>", "SegmentNumber", "<SegmentIdentificationSequence>"
+    assert [fault for fault in faults(tmp_path / "checked.dcm") if not any(name in fault for name in attributes)] == []
+
+
+# Reading
+
+
+def changed(series: dicom.Series, path: Path, change: Callable[[Any], object], kind: Any = "BINARY") -> Path:
+    """A SEG as another tool may write it."""
+    dicom_seg.write(a_mask(series), path, kind=kind)
+    dataset = pydicom.dcmread(path)
+    change(dataset)
+    dataset.save_as(path)
+    return path
+
+
+def frames_kept(dataset: Any, numbers: list[int]) -> None:
+    pixels = dataset.pixel_array[numbers]
+    dataset.PerFrameFunctionalGroupsSequence = [dataset.PerFrameFunctionalGroupsSequence[n] for n in numbers]
+    dataset.NumberOfFrames = len(numbers)
+    bits = np.packbits(pixels.ravel(), bitorder="little").tobytes()
+    dataset.PixelData = bits + b"\0" * (len(bits) % 2)
+
+
+def test_a_seg_is_found_in_a_folder_and_in_a_zip(axial: dicom.Series, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(axial.files[0].parent, folder)
+    assert not dicom_seg.is_segmentation(folder)
+    with pytest.raises(InputError, match="no DICOM SEG"):
+        dicom_seg.read_mask(folder)
+    dicom_seg.write(a_mask(axial), folder / "below" / "any name")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder))
+    for place in (folder, tmp_path / "all.zip", folder / "below" / "any name"):
+        assert dicom_seg.is_segmentation(place)
+        assert close(points_of(dicom_seg.read_mask(place)), points_of(a_mask(axial)))
+    assert not dicom_seg.is_segmentation(axial.files[0])
+    assert not dicom_seg.is_segmentation(tmp_path / "nothing")
+    dicom_seg.write(a_mask(axial), folder / "second.dcm")
+    with pytest.raises(InputError, match="several DICOM SEG files"):
+        dicom_seg.read_mask(folder)
+
+
+def test_the_distance_of_slices_is_stated_or_told_by_the_frames(axial: dicom.Series, tmp_path: Path) -> None:
+    def change(dataset: Any) -> None:
+        frames_kept(
+            dataset, [n for n, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence) if number(frame) != 2]
+        )
+        measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+        measures.SliceThickness = 1.25
+
+    def unstated(dataset: Any) -> None:
+        change(dataset)
+        del dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices
+
+    def number(frame: Any) -> int:
+        return int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+
+    for how in (change, unstated):
+        mask = dicom_seg.read_mask(changed(axial, tmp_path / "seg.dcm", how))
+        assert mask.geometry.spacing == pytest.approx((0.7, 0.9, 2.5))
+        assert len(mask.warnings) == (how is unstated)
+
+
+def test_without_a_middle_slice_the_distance_stated_counts(axial: dicom.Series, tmp_path: Path) -> None:
+    array = np.zeros(SHAPE, dtype=np.uint16)
+    array[1, 2, 0] = array[1, 2, 3] = 7
+    dicom_seg.write(a_mask(axial, array), tmp_path / "seg.dcm")
+    mask = dicom_seg.read_mask(tmp_path / "seg.dcm")
+    assert mask.array.shape == (6, 5, 4)
+    assert mask.geometry.spacing == pytest.approx((0.7, 0.9, 2.5))
+
+
+def test_a_single_frame_may_have_all_groups_in_common(axial: dicom.Series, tmp_path: Path) -> None:
+    def change(dataset: Any) -> None:
+        frames_kept(dataset, [0])
+        frame, shared = dataset.PerFrameFunctionalGroupsSequence[0], dataset.SharedFunctionalGroupsSequence[0]
+        for keyword in ("PlanePositionSequence", "SegmentIdentificationSequence"):
+            setattr(shared, keyword, frame[keyword].value)
+            del frame[keyword]
+
+    mask = dicom_seg.read_mask(changed(axial, tmp_path / "seg.dcm", change))
+    assert mask.array.shape == (6, 5, 1)
+    assert mask.geometry.spacing == pytest.approx((0.7, 0.9, 2.5))
+    assert set(np.unique(mask.array)) == {0, 1}
+
+
+def test_names_of_segments_are_made_unique(axial: dicom.Series, tmp_path: Path) -> None:
+    def change(dataset: Any) -> None:
+        dataset.SegmentSequence[0].SegmentLabel = dataset.SegmentSequence[2].SegmentLabel = "lesion"
+        dataset.SegmentSequence[1].SegmentLabel = ""
+
+    mask = dicom_seg.read_mask(changed(axial, tmp_path / "seg.dcm", change))
     assert mask.labels is not None
-    assert mask.labels.values == {"liver": 1, "left kidney": 2, "spleen": 3}
-    found = dicom_seg.matched(mask, geometry).array
-    assert np.argwhere(found == 1).tolist() == [[1, 2, 1]]
-    assert np.argwhere(found == 2).tolist() == [[4, 0, 2]]
-    assert np.count_nonzero(found) == 2
+    assert mask.labels.values == {"lesion": 1, "segment 2": 2, "lesion 2": 3}
+
+
+def test_the_background_of_a_labelmap_may_have_any_number(axial: dicom.Series, tmp_path: Path) -> None:
+    def change(dataset: Any) -> None:
+        pixels = dataset.pixel_array
+        dataset.decompress()
+        pixels[pixels == 0] = 9
+        dataset.PixelData = pixels.tobytes() + b"\0" * (pixels.size % 2)
+        dataset.SegmentSequence[0].SegmentNumber = dataset.PixelPaddingValue = 9
+
+    mask = dicom_seg.read_mask(changed(axial, tmp_path / "seg.dcm", change, "LABELMAP"))
+    assert close(points_of(mask), points_of(a_mask(axial)))
+    assert mask.labels is not None
+    assert mask.labels.names == ("liver", "left kidney", "spleen")
+
+
+def test_overlapping_segments_are_refused(axial: dicom.Series, tmp_path: Path) -> None:
+    def change(dataset: Any) -> None:
+        frames = dataset.PerFrameFunctionalGroupsSequence
+        frames[2].PlanePositionSequence = frames[0].PlanePositionSequence
+        dataset.PixelData = b"\xff" * len(dataset.PixelData)
+
+    with pytest.raises(InputError, match="its segments overlap"):
+        dicom_seg.read_mask(changed(axial, tmp_path / "seg.dcm", change))
+
+
+def fractional(dataset: Any) -> None:
+    dataset.SegmentationType = "FRACTIONAL"
+
+
+def unknown_type(dataset: Any) -> None:
+    dataset.SegmentationType = MARKER
+
+
+def short(dataset: Any) -> None:
+    dataset.PixelData = dataset.PixelData[:4]
+
+
+def too_many(dataset: Any) -> None:
+    dataset.NumberOfFrames = 10**9
+
+
+def huge(dataset: Any) -> None:
+    dataset.Rows = dataset.Columns = 65535
+
+
+def twice(dataset: Any) -> None:
+    frames_kept(dataset, [0, 0, 1, 2])
+
+
+def far(dataset: Any) -> None:
+    dataset.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence[0].ImagePositionPatient = [
+        -10.5,
+        33.25,
+        2500012.125,
+    ]
+
+
+def uneven(dataset: Any) -> None:
+    dataset.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence[0].ImagePositionPatient = [-10.5, 33.25, 13.5]
+
+
+def aside(dataset: Any) -> None:
+    dataset.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence[0].ImagePositionPatient[0] += 4
+
+
+def turned(dataset: Any) -> None:
+    frame = dataset.PerFrameFunctionalGroupsSequence[0]
+    frame.PlaneOrientationSequence = [pydicom.Dataset()]
+    frame.PlaneOrientationSequence[0].ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
+
+
+def placeless(dataset: Any) -> None:
+    del dataset.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence
+
+
+def undescribed(dataset: Any) -> None:
+    del dataset.SegmentSequence[2]
+
+
+def wordy(dataset: Any) -> None:
+    dataset["NumberOfFrames"]._value = MARKER
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (fractional, InputError, "holds fractions"),
+        (unknown_type, UnreadableFile, "no known type"),
+        (short, UnreadableFile, "4 frames of 6x5"),
+        (too_many, UnreadableFile, "1000000000 frames"),
+        (huge, UnreadableFile, "65535x65535"),
+        (twice, UnreadableFile, "two frames of one segment at one place"),
+        (far, UnreadableFile, "slices span"),
+        (uneven, IncompleteSeries, "even distances"),
+        (aside, IncompleteSeries, "even distances"),
+        (turned, IncompleteSeries, "even distances"),
+        (placeless, UnreadableFile, "KeyError"),
+        (undescribed, UnreadableFile, r"segments \[3\], which it does not describe"),
+        (wordy, UnreadableFile, "headers that cannot be used"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_without_its_text(
+    axial: dicom.Series, tmp_path: Path, change: Callable[[Any], None], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as failure:
+        dicom_seg.read_mask(changed(axial, tmp_path / "seg.dcm", change))
+    assert failure.type is error
+    assert MARKER not in str(failure.value)
+
+
+def test_a_truncated_file_is_refused(axial: dicom.Series, tmp_path: Path) -> None:
+    dicom_seg.write(a_mask(axial), tmp_path / "seg.dcm")
+    content = (tmp_path / "seg.dcm").read_bytes()
+    for length in range(400, len(content) - 2, 397):
+        (tmp_path / "seg.dcm").write_bytes(content[:length])
+        with pytest.raises((UnreadableFile, InputError)):
+            dicom_seg.read_mask(tmp_path / "seg.dcm")
+
+
+@settings(max_examples=60)
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_damage_is_told_in_own_words(
+    axial: dicom.Series, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: Any
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"sound_{kind}.dcm"
+    if not path.exists():
+        dicom_seg.write(a_mask(axial), path, kind=kind)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(132, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = path.with_name("damaged.dcm")
+    path.write_bytes(content)
+    with contextlib.suppress(InputError):  # its children too: any other error fails the test
+        dicom_seg.read_mask(path)
+
+
+# Grids
+
+
+def test_a_mask_is_cropped_and_padded_where_nothing_is_lost() -> None:
+    geometry = Geometry((4, 3, 2), np.diag([2.0, 3.0, 4.0, 1.0]))
+    array = np.zeros((4, 3, 2), dtype=np.uint8)
+    array[1, 1, 1] = 5
+    mask = Mask(array, geometry)
+    smaller = dicom_seg.matched(mask, geometry.cropped(Box((1, 0, 1), (3, 2, 2))))
+    assert smaller.array.shape == (2, 2, 1)
+    assert np.argwhere(smaller.array).tolist() == [[0, 1, 0]]
+    larger = dicom_seg.matched(mask, geometry.cropped(Box((-1, -2, 0), (5, 3, 6))))
+    assert larger.array.shape == (6, 5, 6)
+    assert np.argwhere(larger.array).tolist() == [[2, 3, 1]]
+    with pytest.raises(GeometryMismatch, match="1 labelled voxels of the mask lie outside"):
+        dicom_seg.matched(mask, geometry.cropped(Box((2, 0, 0), (4, 3, 2))))
+    with pytest.raises(GeometryMismatch, match="1 labelled voxels of the mask lie outside"):
+        dicom_seg.matched(mask, geometry.cropped(Box((20, 0, 0), (24, 3, 2))))
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [np.diag([2.0, 3.0, 4.5, 1.0]), np.diag([2.0, 3.0, 8.0, 1.0]), np.diag([1.0, 3.0, 4.0, 1.0])],
+    ids=["other distance", "twice the distance", "half the distance"],
+)
+def test_other_lattices_are_refused(affine: NDArray[np.float64]) -> None:
+    mask = Mask(np.ones((4, 3, 6), dtype=np.uint8), Geometry((4, 3, 6), np.diag([2.0, 3.0, 4.0, 1.0])))
+    with pytest.raises(GeometryMismatch, match="do not lie on those of the image"):
+        dicom_seg.matched(mask, Geometry((4, 3, 6), affine))
+
+
+@given(orientation=st.sampled_from(ORIENTATIONS), back=st.sampled_from(ORIENTATIONS), seed=st.integers(0, 99))
+def test_a_turned_mask_comes_back(orientation: str, back: str, seed: int) -> None:
+    row, column = PLACES["double oblique"]["row"], PLACES["double oblique"]["column"]
+    array = np.random.default_rng(seed).integers(0, 4, SHAPE).astype(np.uint8)
+    geometry = Geometry(SHAPE, dicoms.affine_of(row=row, column=column, **GRID))
+    first, second = geometry.to(orientation), geometry.to(back)
+    mask = Mask(first.apply(array), geometry.reoriented(first))
+    found = dicom_seg.matched(mask, geometry.reoriented(second))
+    assert np.array_equal(found.array, second.apply(array))
+
+
+# Real images
+
+
+@needs_data
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_real_series_takes_a_mask(kind: Any, tmp_path: Path) -> None:
+    folders = sorted({path.parent for path in (Path(DATA) / "dicom" / "accept").rglob("*.dcm")})
+    assert len(folders) > 10
+    for folder in folders:
+        series = dicom.select(dicom.scan(folder))[0]
+        assert series.geometry is not None
+        array = np.zeros(series.geometry.shape, dtype=np.uint16)
+        array[5:9, 10:20, 1:], array[12:18, 3:9, 0] = 7, 300
+        mask = Mask(array, series.geometry, LABELS, header=series)
+        dicom_seg.write(mask, tmp_path / "seg.dcm", kind=kind)
+        read = dicom_seg.read_mask(tmp_path / "seg.dcm")
+        back = dicom_seg.matched(read, series.geometry).array
+        assert np.array_equal(back, np.select([array == 7, array == 300], [1, 2])), folder
+        seg = pydicom.dcmread(tmp_path / "seg.dcm")
+        assert all(len(frame.DerivationImageSequence) == 1 for frame in seg.PerFrameFunctionalGroupsSequence), folder
+        if kind == "BINARY" and shutil.which("dciodvfy"):
+            assert faults(tmp_path / "seg.dcm") == [], folder
