@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import GeometryMismatch, IncompleteSeries, InputError
 from medseg.geometry import Geometry
-from medseg.io import dicom, itk, nifti, picture, seg_nrrd
+from medseg.io import dicom, dicom_seg, itk, nifti, picture, seg_nrrd
 from medseg.io.dicom import Series
 from medseg.volume import Labels, Mask, Volume
 
@@ -51,20 +51,11 @@ class _Dicom:
 
     def read_labels(self, path: Path) -> Volume:
         """Read a segmentation."""
-        mask = self.read_mask(path)
+        mask = dicom_seg.read_mask(path)
         return Volume(mask.array[np.newaxis], mask.geometry, mask.paths or (path,), mask.header, mask.warnings)
-
-    def read_mask(self, path: Path) -> Mask:
-        """Read a segmentation with the names of its segments."""
-        from medseg.io import dicom_seg
-
-        mask: Mask = dicom_seg.read_mask(path)
-        return mask
 
     def write(self, mask: Mask, path: Path, **options: Any) -> None:
         """Write a segmentation of the mask's series."""
-        from medseg.io import dicom_seg
-
         dicom_seg.write(mask, path, **options)
 
 
@@ -415,9 +406,7 @@ def _where(volume: Volume) -> Path | str:
 def _read_mask(path: Path) -> Mask:
     """A mask with the names that its file knows."""
     if has_segments(path):
-        named: Any = _DICOM if is_dicom(path) else seg_nrrd
-        mask: Mask = named.read_mask(path)
-        return mask
+        return dicom_seg.read_mask(path) if is_dicom(path) else seg_nrrd.read_mask(path)
     form = format_of(path)
     volume = form.read_labels(path)
     if volume.array.shape[0] != 1:
