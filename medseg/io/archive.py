@@ -200,7 +200,18 @@ def _zip(path: Path) -> Iterator[zipfile.ZipFile]:
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         raise UnreadableFile(path, "is a damaged zip", "a whole zip", "copy it again from its source") from None
     with archive:
+        if not _complete(path, len(archive.infolist())):
+            raise UnreadableFile(path, "is a damaged zip", "a whole zip", "copy it again from its source")
         yield archive
+
+
+def _complete(path: Path, count: int) -> bool:
+    """Whether a zip has as many members as its end record counts (APPNOTE 4.3.16): zipfile stops at a damaged entry."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16) - 22))
+        end = file.read()
+    place = end.rfind(b"PK\x05\x06")
+    return int.from_bytes(end[place + 10 : place + 12], "little") in (count & 0xFFFF, 0xFFFF)
 
 
 def _check(path: Path, members: list[zipfile.ZipInfo]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -151,8 +152,8 @@ def scan(place: Path) -> Scan:
                 unreadable += [instance] * (image == UNREADABLE)
             else:
                 groups[image.study_uid, image.series_uid].append(image)
-        heads = [reader.head(instance, _HEAD) for instance in unreadable]
-        found = [part for _, images in sorted(groups.items()) for part in _series_of(place, images, reader, heads)]
+        lost = _owners(unreadable, {uid for _, uid in groups}, reader)
+        found = [part for _, images in sorted(groups.items()) for part in _series_of(place, images, reader, lost)]
     return Scan(tuple(found), dict(sorted(passed_over.items())), place)
 
 
@@ -289,11 +290,13 @@ def headers(series: Series) -> Sequence[Any]:
         return [headers_of(reader, instance) for instance in series.instances]
 
 
-def _series_of(place: Path, images: list[Image], reader: Reader, damaged: Sequence[bytes]) -> list[Series]:
-    """The series of the images with one UID, one for each volume among them; and the heads of damaged files."""
+def _series_of(place: Path, images: list[Image], reader: Reader, lost: Counter[str | Path]) -> list[Series]:
+    """The series of the images with one UID, one for each volume among them."""
     kept, notes, fault = _without_copies(images, reader)
-    if lost := sum(kept[0].series_uid.encode() in head for head in damaged):
-        fault = f"{lost} of its files cannot be read"
+    if count := lost[kept[0].series_uid]:
+        fault = f"{count} of its files cannot be read"
+    if count := sum(lost[folder] for folder in {image.frames[0].instance.path.parent for image in kept}):
+        notes.append(f"{count} damaged DICOM files beside its own: slices may be missing at its ends")
     frames = [frame for image in kept for frame in image.frames]
     if len({image.frame_uid for image in kept if image.frame_uid}) > 1:
         fault = fault or "its slices have several frames of reference"
@@ -301,6 +304,18 @@ def _series_of(place: Path, images: list[Image], reader: Reader, damaged: Sequen
         return [_series(place, kept, Part("", frames, fault), notes)]
     found = parts_of(frames, lambda frame: pixels.digest(reader, frame))
     return [_series(place, kept, part, notes) for part in found]
+
+
+def _owners(unreadable: Sequence[Instance], uids: set[str], reader: Reader) -> Counter[str | Path]:
+    """How many damaged files there are of each series, by the UIDs in them; of each folder where they have none."""
+    found: Counter[str | Path] = Counter()
+    for instance in unreadable:
+        head = reader.head(instance, _HEAD)
+        mine: list[str | Path] = [
+            uid for uid in uids if re.search(rb"(?<![0-9.])" + re.escape(uid.encode()) + rb"(?![0-9.])", head)
+        ]
+        found.update(mine or [instance.path.parent])
+    return found
 
 
 def _without_copies(images: list[Image], reader: Reader) -> tuple[list[Image], list[str], str]:

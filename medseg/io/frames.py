@@ -60,6 +60,7 @@ _KINDS = {
     "1.2.840.10008.5.1.4.1.1.481": "radiotherapy object",
 }
 """SOP classes (PS3.4 B.5), and with them those whose UID goes on, that are passed over."""
+_SCANS = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2|4|128|130)(\.\d)?")  # CT, MR and PET: without Rows, cut short
 _VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10\d(\.\d+)?")  # MPEG and HEVC, PS3.5 A.4.5 to A.4.12
 _PIXELS = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
 
@@ -352,7 +353,7 @@ def _kind(header: _Elements, sop_class: str, syntax: str) -> str:
     if _VIDEO.fullmatch(syntax):
         return "video"
     if not (_number(header, _ROWS) and _number(header, _COLUMNS)):
-        return "other DICOM object"
+        return UNREADABLE if not sop_class or _SCANS.fullmatch(sop_class) else "other DICOM object"
     if _number(header, _SAMPLES, 1) != 1 or not _text(header, _PHOTOMETRIC).startswith("MONOCHROME"):
         return "colour image"
     types = _text(header, _IMAGE_TYPE).split("\\")

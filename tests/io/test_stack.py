@@ -1,0 +1,143 @@
+"""medseg.io.stack: slices become a volume, or a reason in millimetres why they do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medseg.io import stack
+from medseg.io.stack import Plane
+
+
+def planes(*offsets: float, tilt: float = 0.0) -> list[Plane]:
+    """Axial slices of 4 x 5 pixels (rows, columns) of 2 x 3 mm at z, each moved along y by ``tilt`` times z."""
+    return [Plane((10.0, 20.0 + tilt * z, z), (1, 0, 0, 0, 1, 0), (2.0, 3.0), 4, 5) for z in offsets]
+
+
+def test_the_affine_of_even_slices() -> None:
+    found = stack.stack(planes(7.0, 1.0, 4.0))
+    assert found.order == (1, 2, 0)
+    assert found.geometry is not None
+    assert found.geometry.shape == (5, 4, 3)
+    # LPS (10, 20, 1) is RAS (-10, -20, 1); columns 3 mm apart run to -x, rows 2 mm apart to -y, slices 3 mm to +z
+    expected = [[-3, 0, 0, -10], [0, -2, 0, -20], [0, 0, 3, 1], [0, 0, 0, 1]]
+    np.testing.assert_allclose(found.geometry.affine, expected, atol=1e-12)
+    assert (found.reason, found.irregular, found.offsets, found.warning) == ("", "", (), "")
+
+
+def test_slices_follow_their_normal_also_downwards() -> None:
+    turned = [replace(plane, orientation=(1, 0, 0, 0, -1, 0)) for plane in planes(0.0, 1.0, 2.0)]  # normal is -z
+    found = stack.stack(turned)
+    assert found.order == (2, 1, 0)
+    assert found.geometry is not None
+    np.testing.assert_allclose(found.geometry.affine[:3, 2], (0, 0, -1), atol=1e-12)
+
+
+def test_one_slice_takes_the_step_that_it_is_given() -> None:
+    known, unknown = stack.stack(planes(5.0), 2.5), stack.stack(planes(5.0))
+    assert known.geometry is not None
+    assert known.geometry.spacing == (3.0, 2.0, 2.5)
+    assert known.warning == "one slice"
+    assert unknown.geometry is not None
+    assert unknown.geometry.spacing == (3.0, 2.0, 1.0)
+    assert "1 mm is assumed" in unknown.warning
+
+
+def test_a_gap_is_named_in_mm_and_can_be_filled() -> None:
+    slices = planes(0.0, 5.0, 10.0, 20.0)
+    found = stack.stack(slices)
+    assert found.geometry is None
+    assert "10.00 mm from 10.00 to 20.00" in found.reason
+    assert "--resample-irregular" in found.reason
+    assert found.irregular
+    assert found.offsets == (0.0, 5.0, 10.0, 20.0)
+    geometry = stack.mended(slices)
+    assert geometry.shape == (5, 4, 5)  # 20 mm in steps of 5
+    np.testing.assert_allclose(geometry.affine[:3, 2], (0, 0, 5))
+
+
+def test_a_tilt_is_named_in_degrees_and_read_as_it_lies() -> None:
+    slices = planes(0.0, 4.0, 8.0, tilt=0.25)
+    found = stack.stack(slices)
+    assert "14.0 degrees" in found.reason  # atan 0.25 = 14.04 degrees
+    assert found.offsets == ()
+    geometry = stack.mended(slices)
+    assert geometry.shape == (5, 4, 3)
+    np.testing.assert_allclose(geometry.affine[:3, 2], (0, -1, 4))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "even"),
+    [
+        ((0.0, 5.0, 10.04, 15.0), True),  # neighbours 0.8 % off
+        ((0.0, 5.0, 10.06, 15.0), False),  # 1.2 %
+        ((0.0, 0.1, 0.2019, 0.3), True),  # positions rounded to 0.001 mm
+        (
+            (*np.arange(40) * 0.992, *(39 * 0.992 + 1.008 * np.arange(1, 41))),
+            False,
+        ),  # each 0.8 %, but a third of a slice in sum
+    ],
+)
+def test_how_even_is_even(offsets: tuple[float, ...], even: bool) -> None:
+    assert (stack.stack(planes(*offsets)).geometry is not None) == even
+
+
+def test_repeated_positions_are_named() -> None:
+    assert "4 images at the one position 61.50 mm" in stack.stack(planes(61.5, 61.5, 61.5, 61.5)).reason
+    assert stack.stack(planes(0.0, 1.0, 1.001, 2.0)).reason == "1 of 3 positions have up to 2 images each: 1.00 mm"
+    np.testing.assert_array_equal(stack.places(planes(2.0, 0.0, 2.004, 1.0)), (2, 0, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"orientation": (0, 1, 0, 0, 0, -1)}, "2 orientations"),
+        ({"rows": 6}, "2 sizes: 5x4, 5x6 pixels"),
+        ({"spacing": (2.0, 3.1)}, "several pixel sizes"),
+        ({"position": (11.0, 20.0, 1.0)}, "one line"),
+    ],
+)
+def test_slices_that_differ(change: dict[str, tuple[float, ...]], reason: str) -> None:
+    slices = planes(0.0, 1.0, 2.0)
+    slices[1] = replace(slices[1], **change)
+    found = stack.stack(slices)
+    assert reason in found.reason
+    assert not found.irregular
+
+
+def test_what_is_no_stack_at_all() -> None:
+    beside = [replace(plane, position=(30.0 * n, 0.0, 0.1 * n)) for n, plane in enumerate(planes(0.0, 1.0, 2.0))]
+    assert "beside one another" in stack.stack(beside).reason
+    far = stack.stack(planes(0.0, 1.0, 2.0, 500.0))
+    assert "too far apart" in far.reason
+    assert not far.irregular
+    skewed = [replace(plane, orientation=(1, 0, 0, 0.5, 0.8, 0)) for plane in planes(0.0, 1.0)]
+    assert "not perpendicular" in stack.stack(skewed).reason
+
+
+@given(
+    st.lists(st.floats(0.9, 1.1), min_size=1, max_size=8),
+    st.floats(0.0, 0.1),
+    st.sampled_from([(1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1), (0.6, 0.8, 0, 0, 0, 1)]),
+)
+def test_what_is_accepted_highdicom_takes_for_a_volume(
+    gaps: list[float], tilt: float, orientation: tuple[float, float, float, float, float, float]
+) -> None:
+    from highdicom.spatial import get_volume_positions
+
+    normal, across = np.cross(orientation[:3], orientation[3:]), np.array(orientation[:3])
+    offsets = np.concatenate([[0.0], np.cumsum(gaps)])
+    positions = [tuple((offset * (normal + tilt * across)).tolist()) for offset in offsets]
+    slices = [Plane(position, orientation, (1.0, 1.0), 4, 5) for position in positions]
+    found = stack.stack(slices)
+    spacing, order = get_volume_positions(positions, orientation)
+    if found.geometry is not None:
+        assert spacing is not None
+        assert order is not None
+        assert [order[n] for n in found.order] in (list(range(len(slices))), list(range(len(slices)))[::-1])
+    elif spacing is not None:  # stricter in one thing alone: what adds up
+        assert "uneven" in found.reason
