@@ -1,7 +1,7 @@
 """DICOM SEG: a mask as segments with names, codes and colours that lie on the series it was made from.
 
-Written and placed by highdicom; read frame by frame, of any tool that follows PS3.3 C.8.20. DICOM's world is LPS: what
-turns it to RAS+ and back is highdicom too.
+Written by highdicom, each frame on the slice of the series that it belongs to. Read frame by frame, of any tool that
+follows PS3.3 C.8.20; highdicom turns DICOM's LPS to RAS+.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ _REFERRED = (
     *("SOPClassUID", "Modality", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
 )
 _NOWHERE = (1e6, 1e6, 1e6)
-_BACKGROUND = Code(value="125040", meaning="Background", scheme="DCM")
+_BACKGROUND = "125040"
+"""Of the scheme DCM."""
 _LONG_STRING = 64
 """Characters of a value of kind LO (PS3.5, 6.2)."""
 _SERIES_NUMBER = 900
@@ -59,6 +60,7 @@ _SERIES_NUMBER = 900
 _TOLERANCE = 0.1
 """Of a voxel, within which one lies on another: positions are rounded, and slices a little uneven (``stack.DRIFT``)."""
 _SOP_CLASS_UID = 0x00080016
+_MOST_LABELS = 254  # see Labels
 _MOST_VOXELS = 2**32
 _MOST_COMPRESSION = 10_000
 """Times; a frame of one colour is a thousandth in JPEG-LS."""
@@ -488,6 +490,8 @@ def _read(path: Path) -> Mask:
         raise InputError(path, "holds fractions, not labels", " or ".join(SOP_CLASSES), remedy)
     if kind not in SOP_CLASSES:
         raise UnreadableFile(path, "is a DICOM SEG of no known type", " or ".join(SOP_CLASSES))
+    if not dataset.file_meta.TransferSyntaxUID.is_little_endian:
+        raise InputError(path, "is big-endian, a retired transfer syntax", "little-endian", "convert it by dcmconv +te")
     frames = _frame_table(dataset, path)
     geometry, slices, assumed = _grid(dataset, frames, path)
     labels = _labels(dataset, path)
@@ -609,7 +613,7 @@ def _filled(
     dataset: Any, frames: list[_Frame], slices: list[int], shape: tuple[int, ...], labels: Labels, path: Path
 ) -> NDArray[Any]:
     """The array (I, J, K), one frame after the other; in memory the slices lie one after the other."""
-    described, background = set(labels.values.values()), _background(dataset)
+    described, background = set(labels.values.values()), _background(dataset) or 0
     labelled = dataset.SegmentationType == "LABELMAP"
     array = np.zeros(shape[::-1], dtype=np.min_scalar_type(max(described)))
     for frame, k, pixels in zip(frames, slices, _planes(dataset), strict=True):
@@ -645,9 +649,10 @@ def _is_native(dataset: Any) -> bool:
     return bool(not syntax.is_encapsulated)
 
 
-def _background(dataset: Any) -> int:
-    """The number that stands for background in a LABELMAP: C.8.20.2.3; 0 where it does not say."""
-    return int(dataset.get("PixelPaddingValue", 0)) if dataset.SegmentationType == "LABELMAP" else 0
+def _background(dataset: Any) -> int | None:
+    """The number that stands for background in a LABELMAP, where it says: PS3.3 2024d, C.8.20.2.3."""
+    padding = dataset.get("PixelPaddingValue") if dataset.SegmentationType == "LABELMAP" else None
+    return None if padding is None else int(padding)
 
 
 def _labels(dataset: Any, path: Path) -> Labels:
@@ -658,7 +663,8 @@ def _labels(dataset: Any, path: Path) -> Labels:
     colours: dict[str, Colour] = {}
     for segment in dataset.SegmentSequence:
         number = int(segment.SegmentNumber)
-        if number == _background(dataset) or (number == 0 and _code(segment, "SegmentedPropertyType") == _BACKGROUND):
+        kind = _code(segment, "SegmentedPropertyType")
+        if number == _background(dataset) or (number == 0 and kind and kind.value == _BACKGROUND):
             continue
         if number == 0:
             raise InputError(path, "segment 0 is no background", "labels other than 0", "give it another number")
@@ -669,7 +675,10 @@ def _labels(dataset: Any, path: Path) -> Labels:
         if colour := segment.get("RecommendedDisplayCIELabValue"):
             red, green, blue = CIELabColor.from_dicom_value([int(v) for v in colour]).to_rgb(clip=True)
             colours[name] = (int(red), int(green), int(blue))
-    return Labels.checked({"values": values, "codings": codings, "colours": colours}, path)
+    if not 0 < len(values) == len(set(values.values())) <= _MOST_LABELS:
+        found = f"{len(values)} segments with {len(set(values.values()))} numbers"
+        raise InputError(path, found, f"1 to {_MOST_LABELS} segments, each with a number of its own")
+    return Labels(values=values, codings=codings, colours=colours)
 
 
 def _unused(name: str, taken: Mapping[str, int]) -> str:

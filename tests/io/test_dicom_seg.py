@@ -184,6 +184,26 @@ def test_frames_refer_to_their_slices(axial: dicom.Series, tmp_path: Path) -> No
     assert seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SpacingBetweenSlices == 2.5
 
 
+def test_of_two_volumes_in_one_file_the_frames_of_the_right_one_are_referred_to(tmp_path: Path) -> None:
+    def change(dataset: Any, k: int) -> None:
+        for number, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+            echo, k = number % 2, number // 2  # frames of the two echoes in turn
+            frame.PlanePositionSequence[0].ImagePositionPatient = [-10.5, 33.25, 12.125 + 2.5 * k]
+            frame.MREchoSequence = [pydicom.Dataset()]
+            frame.MREchoSequence[0].EffectiveEchoTime = 10.0 + 80.0 * echo
+        del dataset.SharedFunctionalGroupsSequence[0].MREchoSequence
+
+    dicoms.write_enhanced(tmp_path, np.zeros((6, 5, 8), dtype=np.int16), **GRID, change=change)
+    early, late = sorted(dicom.scan(tmp_path).series, key=lambda series: series.part)
+    for series, first in ((early, 1), (late, 2)):
+        dicom_seg.write(a_mask(series), tmp_path / "out" / "seg.dcm")
+        seg = pydicom.dcmread(tmp_path / "out" / "seg.dcm")
+        for frame in seg.PerFrameFunctionalGroupsSequence:
+            (source,) = frame.DerivationImageSequence[0].SourceImageSequence
+            k = round((frame.PlanePositionSequence[0].ImagePositionPatient[2] - 12.125) / 2.5)
+            assert source.ReferencedFrameNumber == first + 2 * k
+
+
 def test_slices_may_be_spread_over_several_multi_frame_files(tmp_path: Path) -> None:
     def change(dataset: Any, k: int) -> None:
         dataset.FrameOfReferenceUID = "1.2.3"
@@ -532,6 +552,20 @@ def test_the_background_of_a_labelmap_may_have_any_number(axial: dicom.Series, t
     assert close(points_of(mask), points_of(a_mask(axial)))
     assert mask.labels is not None
     assert mask.labels.names == ("liver", "left kidney", "spleen")
+
+
+def test_what_labels_cannot_be_is_refused(axial: dicom.Series, tmp_path: Path) -> None:
+    def same(dataset: Any) -> None:
+        dataset.SegmentSequence[2].SegmentNumber = 2
+
+    def no_background(dataset: Any) -> None:
+        del dataset.PixelPaddingValue
+        dataset.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeValue = "10200004"
+
+    with pytest.raises(InputError, match="3 segments with 2 numbers"):
+        dicom_seg.read_mask(changed(axial, tmp_path / "seg.dcm", same))
+    with pytest.raises(InputError, match="segment 0 is no background"):
+        dicom_seg.read_mask(changed(axial, tmp_path / "seg.dcm", no_background, "LABELMAP"))
 
 
 def test_overlapping_segments_are_refused(axial: dicom.Series, tmp_path: Path) -> None:
