@@ -131,28 +131,41 @@ def find_masks(place: Path) -> dict[str, Path]:
     """The masks in a folder by their names without ending, or the one mask that is given.
 
     Args:
-        place: a mask, or a folder of them. A DICOM SEG is known by its content; a folder within that holds one is a
-            mask too, and has its name.
+        place: a mask, a folder of them, or a pattern with ``*``, ``?``, ``[...]`` or ``**``. A DICOM SEG is known by
+            its content; a folder within that holds one is a mask too, and has its name.
 
     Raises:
         InputError: there is none, or two are of one name.
     """
     if place.is_file():
         return {io.name_of(place): place}
-    if not place.is_dir():
-        raise InputError(place, "is not there", "a mask or a folder of masks")
+    if place.is_dir():
+        found = sorted(place.iterdir())
+    elif _WILD.search(str(place)):
+        _, found = _globbed(str(place))
+    else:
+        raise InputError(place, "is not there", "a mask, a folder of masks, or a pattern")
     masks: dict[str, Path] = {}
-    for path in sorted(place.iterdir()):
+    for path in found:
         if not _is_mask(path):
             continue
         name = path.name if path.is_dir() else io.name_of(path)
         if name in masks:
-            raise InputError(path, f"and {masks[name].name} are both masks of {name}", "one mask a case")
+            remedy = "say which with a pattern, as 'masks/*.nii.gz'"
+            raise InputError(path, f"and {masks[name].name} are both masks of {name}", "one mask a case", remedy)
         masks[name] = path
     if not masks:
         kinds = "files ending in .nii.gz, .nrrd or another known image ending, or DICOM segmentations"
         raise InputError(place, "holds no masks", kinds)
     return masks
+
+
+def _globbed(pattern: str) -> tuple[Path, list[Path]]:
+    """The last folder that a pattern spells out, and what the pattern matches."""
+    parts = Path(pattern).parts
+    fixed = next(n for n, part in enumerate(parts) if _WILD.search(part))
+    root = Path(*parts[:fixed])
+    return root, sorted(root.glob(str(Path(*parts[fixed:]))))
 
 
 def _is_mask(path: Path) -> bool:
@@ -261,10 +274,7 @@ class _Wanted:
 
     def matching(self, pattern: str) -> list[Case]:
         """The cases of a pattern: of images, each named by its path below the last folder spelled out; or of DICOM."""
-        parts = Path(pattern).parts
-        fixed = next(n for n, part in enumerate(parts) if _WILD.search(part))
-        root = Path(*parts[:fixed])
-        found = sorted(root.glob(str(Path(*parts[fixed:]))))
+        root, found = _globbed(pattern)
         images = [] if self.patterns else _images_of(found, root)
         if images:
             return _matching(images, root)

@@ -774,12 +774,13 @@ def quantise(
     epilog=_examples(
         "medseg evaluate masks Task04_Hippocampus -o scores             # with the names of its labels",
         "medseg evaluate masks references -o scores --tolerance-mm 2",
+        "medseg evaluate 'masks/*.dcm' references -o scores --labels liver/package   # DICOM SEG",
     )
 )
 @as_command
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Folder of masks, or one mask.")],
-    references: Annotated[Path, typer.Argument(metavar="REFERENCES", help="Folder of masks, one mask, or a dataset.")],
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="Folder of masks, a mask, or 'pattern'.")],
+    references: Annotated[Path, typer.Argument(metavar="REFERENCES", help="As PREDICTIONS, or a dataset.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for scores.csv and evaluation.json.")
     ],
@@ -813,7 +814,7 @@ def evaluate(
 
 @app.command(
     epilog=_examples(
-        "medseg convert masks/series_1f0c.nii.gz -o liver.dcm --reference study   # DICOM SEG",
+        "medseg convert mask.nii.gz -o liver.dcm --reference study --labels liver/package   # DICOM SEG",
         "medseg convert liver.dcm -o liver.nii.gz --reference study",
         "medseg convert mask.nii.gz -o mask.seg.nrrd --labels Task04_Hippocampus/dataset.json",
     )
@@ -877,7 +878,7 @@ def stats(
     image: Annotated[
         str, typer.Argument(metavar="IMAGE", help="Image, folder of images, DICOM folder or zip, 'pattern' or list.")
     ],
-    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Mask, or folder of masks with the images' names.")],
+    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Mask, folder or 'pattern' of masks named as images.")],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Table to write.", show_default="standard output"),

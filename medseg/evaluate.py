@@ -153,9 +153,9 @@ def evaluate_folders(
     """Score predictions against references with the same file names (endings aside).
 
     Args:
-        predictions: a folder of masks, or one mask. A folder within it that holds a DICOM SEG is a mask too.
-        references: a folder of masks, one mask, or a dataset folder with its ``dataset.json``, whose training labels
-            and label names are used. Two single files are a pair whatever their names.
+        predictions: a folder of masks, one mask, or a pattern; see ``find_masks``.
+        references: likewise, or a dataset folder with its ``dataset.json``, whose training labels and label names are
+            used. Two single files are a pair whatever their names.
         labels: names of the values. Without them and without a dataset: those that the references name, or
             ``label_<value>`` for every value that they hold.
         tolerance_mm: of NSD.

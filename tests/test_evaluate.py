@@ -247,8 +247,11 @@ def test_nothing_to_score(folders: tuple[Path, Path], tmp_path: Path) -> None:
 def test_two_masks_of_one_name_are_refused(folders: tuple[Path, Path]) -> None:
     predictions, references = folders
     save(predictions / "a.nii", mask(ORGAN))
-    with pytest.raises(InputError, match="are both masks of a"):
+    with pytest.raises(InputError, match=r"are both masks of a.*masks/\*\.nii\.gz"):
         evaluate_folders(predictions, references)
+    assert len(evaluate_folders(predictions / "*.nii.gz", references / "?.nii.gz").cases) == 5
+    with pytest.raises(InputError, match="holds no masks"):
+        evaluate_folders(predictions / "*.mha", references)
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, math.nan, math.inf])
