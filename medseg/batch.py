@@ -8,6 +8,7 @@ import math
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,9 +157,10 @@ class _Work:
         """What goes wrong inside is the case's reason to fail; the failure is not kept, as its frames hold arrays."""
         try:
             yield
-        except Exception as failure:  # whatever is wrong with one case, the others are done
-            log.info("%s", self.case.id, exc_info=not isinstance(failure, MedsegError))
-            self.reason = str(failure) if isinstance(failure, MedsegError) else f"{type(failure).__name__}: {failure}"
+        except Exception as failure:  # noqa: BLE001 - whatever is wrong with one case, the others are done
+            self.reason = _reason(failure, any(isinstance(image, Series) for image in self.case.images))
+            frames = [] if isinstance(failure, MedsegError) else traceback.format_tb(failure.__traceback__)
+            log.info("%s: %s", self.case.id, "".join([self.reason, "\n", *frames] if frames else [self.reason]))
             self.lacked_memory = is_out_of_memory(failure)
             self.volume = self.ready = self.mask = None
 
@@ -551,6 +553,14 @@ def _require_dicom(predictor: Predictor, cases: Sequence[Case], outputs: Outputs
     if uncoded and not outputs.allow_uncoded:
         remedy = 'name it as a structure that SNOMED CT has, put "codings" into dataset.json, or use --allow-uncoded'
         raise InputError(where, f"has no code for {', '.join(uncoded)}", "a code for every label", remedy)
+
+
+def _reason(failure: Exception, of_dicom: bool) -> str:
+    """What a failure says; of an unexpected one of DICOM its kind alone: libraries quote what headers hold."""
+    if isinstance(failure, MedsegError):
+        return str(failure)
+    told = isinstance(failure, OSError) or not of_dicom
+    return f"{type(failure).__name__}: {failure}" if told else f"{type(failure).__name__}, which nobody expected"
 
 
 def _input_digest(case: Case) -> str:

@@ -1041,3 +1041,20 @@ def test_nothing_of_the_patient_is_written_but_into_the_segmentation(
             holders.add(path.suffix)
     assert holders == {".dcm"}  # which belongs to the patient's study
     assert "CANARY7" not in caplog.text
+
+
+def test_what_nobody_expected_of_dicom_does_not_quote_it(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    header = "CANARY7"
+
+    def failing(*_: object) -> None:
+        raise ValueError(f"Invalid value for VR PN: {header}")
+
+    caplog.set_level("INFO")
+    cases = find_cases(scan_of(tmp_path / "scan"))
+    monkeypatch.setattr(io, "read_volume", failing)
+    (result,) = predict_cases(predictor, cases, tmp_path / "out")
+    assert result.reason == "ValueError, which nobody expected"
+    assert "CANARY7" not in caplog.text
+    assert "in failing" in caplog.text  # where it was

@@ -163,3 +163,29 @@ def test_versions_name_python_and_the_libraries() -> None:
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"medseg", "torch", "monai", "numpy"} <= set(found)
     assert all(re.match(r"\d+\.\d+", version) for version in found.values())
+
+
+def test_a_case_is_kept_with_the_formats_that_are_wanted_whichever_was_written_first(tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_text("segments")
+    made = Journal(tmp_path)
+    made.add(written(tmp_path, "a", mask_digests={"a.dcm": digest_file(tmp_path / "a.dcm")}))
+    again = Journal(tmp_path)
+    for files in (["a.nii.gz"], ["a.nii.gz", "a.dcm"], ["a.dcm"]):
+        kept = again.kept("a", "k", files)
+        assert kept is not None
+        assert kept.output == files[0]
+        assert kept.output_digest == digest_file(tmp_path / files[0])
+    assert again.kept("a", "k", ["a.nii.gz", "a.mha"]) is None
+    assert again.wrote("a", "a.dcm")
+    assert again.outdated("a", "another image") == [tmp_path / "a.nii.gz", tmp_path / "a.dcm"]
+    (tmp_path / "a.dcm").unlink()
+    assert again.kept("a", "k", ["a.nii.gz", "a.dcm"]) is None
+    assert again.kept("a", "k", ["a.nii.gz"]) is not None
+
+
+def test_lines_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").write_text("mask")
+    line = {"case": "a", "status": "done", "output": "a.nii.gz", "key": "k", "input_digest": "i"}
+    line |= {"output_digest": digest_file(tmp_path / "a.nii.gz"), "probability_digests": {}}
+    (tmp_path / "journal.jsonl").write_text(json.dumps(line) + "\n")
+    assert Journal(tmp_path).kept("a", "k", ["a.nii.gz"]) is not None
