@@ -552,7 +552,7 @@ def _header_for(item: Volume | Mask, array: NDArray[Any]) -> Nifti1Header:
             header[name] = source[name]
         header["pixdim"][:4] = source["pixdim"][:4]
     else:
-        header.set_qform(item.geometry.affine, 2)
+        header.set_qform(item.geometry.affine, 0 if item.geometry.is_sheared else 2)  # a quaternion holds no shear
         header.set_sform(item.geometry.affine, 2)
         header.set_xyzt_units("mm")
     return header

@@ -352,3 +352,13 @@ def test_a_label_that_no_voxel_has_is_of_no_matter(tmp_path: Path) -> None:
     assert (
         read_mask(tmp_path / "a.nii.gz", Labels(values={"liver": 9})).array.tolist() == np.full_like(array, 9).tolist()
     )
+
+
+def test_the_mask_of_a_tilted_series_in_nifti_has_no_quaternion_that_says_otherwise(tmp_path: Path) -> None:
+    folder = dicom_series(tmp_path / "scan", step=(0, 0.5, 2.5))
+    volume = read_volume(io.series(folder, resample_irregular=True))
+    write_mask(Mask(np.zeros(volume.geometry.shape, np.uint8), volume.geometry), tmp_path / "a.nii.gz")
+    found = read_mask(tmp_path / "a.nii.gz")
+    np.testing.assert_allclose(found.geometry.affine, volume.geometry.affine, atol=1e-6)
+    assert not any("qform" in warning for warning in found.warnings)
+    assert int(nibabel.load(tmp_path / "a.nii.gz").header["qform_code"]) == 0
