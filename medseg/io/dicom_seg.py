@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,14 @@ _INHERITED_IF_THERE = (
 _REFERRED = (
     *("SOPClassUID", "Modality", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
 )
+_ALLOWED = {
+    "PatientSex": "[MFO]?",
+    "PatientIdentityRemoved": "YES|NO",
+    "LossyImageCompression": "0[01]",
+    "LossyImageCompressionRatio": r"[0-9.]{1,16}",
+    "LossyImageCompressionMethod": "ISO_[0-9_]{1,12}",
+}
+"""Patterns of values that are terms and numbers (PS3.3 C.7.1.1, C.7.6.1.1.5); others may be text of any kind."""
 _NOWHERE = (1e6, 1e6, 1e6)
 _BACKGROUND = "125040"
 """Of the scheme DCM."""
@@ -306,7 +315,7 @@ def _reference(header: Any, series: dicom.Series, frame: files.Frame) -> Any:
 
     reference = Dataset()
     for keyword in _REFERRED:
-        if keyword in header:
+        if keyword in header and _is_valid(keyword, header[keyword].value):
             reference[keyword] = header[keyword]
     reference.SOPInstanceUID, reference.SeriesInstanceUID = frame.uid, series.uid
     reference.StudyInstanceUID = series.study_uid
@@ -364,17 +373,19 @@ def _inherit(header: Any, source: Any, where: str) -> None:
         if not valid:
             empty.append(keyword)
     for keyword in _INHERITED_IF_THERE:
-        if keyword in header:
+        if keyword in header and _is_valid(keyword, header[keyword].value):
             source[keyword] = header[keyword]
     if empty:
         log.warning("%s: no usable %s in the images; left empty in the DICOM SEG", where, ", ".join(empty))
 
 
 def _is_valid(keyword: str, value: Any) -> bool:
+    from pydicom.multival import MultiValue
     from pydicom.valuerep import DA, TM
 
-    if keyword == "PatientSex":
-        return value in ("", "M", "F", "O")
+    if keyword in _ALLOWED:
+        values = value if isinstance(value, MultiValue) else [value]
+        return all(re.fullmatch(_ALLOWED[keyword], str(one)) for one in values)
     kind = DA if keyword.endswith("Date") else TM if keyword.endswith("Time") else str
     try:
         kind(value)
