@@ -1937,6 +1937,44 @@ def test_a_deflated_bomb(tmp_path: Path) -> None:
     assert peak < 100 * 2**20
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("where", ["name", "header", "pixels"])
+def test_a_zip_of_which_a_member_is_damaged(method: int, where: str, tmp_path: Path) -> None:
+    """The last slice: what is left would make a shorter volume, of which no one were told."""
+    paths = write_series(tmp_path / "in", LARGE)
+    path = tmp_path / "study.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for file in paths:
+            archive.write(file, file.name)
+        start, size = archive.infolist()[2].header_offset, archive.infolist()[2].compress_size
+    content = bytearray(path.read_bytes())
+    content[start + {"name": 32, "header": 300, "pixels": size - 200}[where]] ^= 0xFF
+    path.write_bytes(content)
+    try:
+        volume = dicom.read(path)
+    except InputError:
+        return
+    assert volume.warnings
+
+
+def test_a_file_that_cannot_be_opened_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = write_series(tmp_path, VOXELS)[3]
+    opened = Path.open
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == last:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert sum(dicom.scan(tmp_path).passed_over.values()) == 1
+    try:
+        volume = dicom.read(tmp_path)
+    except InputError:
+        return
+    assert volume.warnings
+
+
 def test_a_zip_with_fewer_members_than_it_counts(tmp_path: Path) -> None:
     write_series(tmp_path / "in", VOXELS)
     content = bytearray(zipped(tmp_path / "in", tmp_path / "study.zip").read_bytes())
