@@ -128,7 +128,8 @@ def _dice(predictor: Predictor, case: Case) -> float | None:
     if case.label is None:  # pragma: no cover - for the type checker: a dataset's cases have labels
         return None
     labels = predictor.package.plan.labels
-    mask, reference = predictor.segment(_read(predictor, case)), io.read_mask(case.label, labels)
+    mask = predictor.segment(_read(predictor, case))
+    reference = io.read_mask(case.label, labels, mask.geometry)
     return _mean(class_dice(mask.array, reference.array, labels, case.id))
 
 

@@ -314,8 +314,9 @@ def validation_dice(
     if case.label is None:
         return None
     image = np.asarray(prepared.image, dtype=np.float32)
-    mask = restore(slabs([network], image, setup.patch_size, device=device), prepared.record.trace, plan)
-    reference = io.read_mask(case.label, plan.labels)
+    trace = prepared.record.trace
+    mask = restore(slabs([network], image, setup.patch_size, device=device), trace, plan)
+    reference = io.read_mask(case.label, plan.labels, trace.native)
     dices = [dice for dice in class_dice(mask, reference.array, plan.labels, case.id) if dice is not None]
     return float(np.mean(dices)) if dices else None
 

@@ -250,12 +250,13 @@ def volume_of(image: Any, where: str = "image") -> Volume:
     raise InputError(where, f"is a {type(image).__name__}", kinds)
 
 
-def read_mask(path: Path, labels: Labels | None = None) -> Mask:
+def read_mask(path: Path, labels: Labels | None = None, grid: Geometry | None = None) -> Mask:
     """Read a mask.
 
     Args:
         path: a file; of a DICOM segmentation also the folder or zip that holds it alone.
         labels: the names that its values have.
+        grid: of its image: segments, which may be stored on a part of it alone, are brought to it.
 
     Returns:
         Mask with an integer array (I, J, K). Without ``labels`` the values are as in the file, and the names are the
@@ -265,10 +266,13 @@ def read_mask(path: Path, labels: Labels | None = None) -> Mask:
 
     Raises:
         UnreadableFile: the file is damaged or of no known format.
+        GeometryMismatch: segments whose voxels do not lie on those of ``grid``.
         InputError: more than one channel, values that are no integers, or (with ``labels``) values without a name, or
             segments that have none of its names.
     """
     mask = _read_mask(path)
+    if grid is not None and has_segments(path):
+        mask = dicom_seg.matched(mask, grid)
     if labels is None:
         return mask
     array = mask.array if mask.labels is None else _by_name(mask, labels, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,12 @@ def test_a_segmentation_is_written_and_read_by_name(tmp_path: Path) -> None:
     assert read_mask(tmp_path / "a.dcm", Labels(values={"Spleen": 1, "LIVER": 2})).array[0, 0, :3].tolist() == [0, 2, 1]
     with pytest.raises(InputError, match=r"segments \[2\] of unknown names .*expected liver"):
         read_mask(tmp_path / "a.dcm", Labels(values={"liver": 1}))
+    few = mask.array * (np.arange(4) == 2)  # labels in one slice: the others are not stored
+    write_mask(replace(mask, array=few), tmp_path / "few.dcm")
+    assert read_mask(tmp_path / "few.dcm", LABELS).array.shape != few.shape
+    np.testing.assert_array_equal(read_mask(tmp_path / "few.dcm", LABELS, volume.geometry).array, few)
+    with pytest.raises(GeometryMismatch):
+        read_mask(tmp_path / "few.dcm", LABELS, GRID)
     raw = io.format_of(tmp_path / "a.dcm").read_labels(tmp_path / "a.dcm")
     np.testing.assert_array_equal(raw.array, own.array[np.newaxis])
 
