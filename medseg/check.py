@@ -24,7 +24,6 @@ from medseg.io import (
     read_mask,
     read_volume,
 )
-from medseg.io.dicom_seg import matched
 from medseg.progress import Progress, silent, track
 from medseg.volume import Labels, Volume
 
@@ -152,9 +151,7 @@ class _Faults(list[Finding]):
 
 
 def _segments(file: Path, image: Volume | None, labels: Labels) -> Volume:
-    mask = read_mask(file, labels)
-    if image is not None:
-        mask = matched(mask, image.geometry)
+    mask = read_mask(file, labels, image.geometry if image else None)
     return Volume(mask.array[np.newaxis], mask.geometry, (file,), warnings=mask.warnings)
 
 

@@ -19,8 +19,7 @@ from medseg.cases import find_cases, find_masks
 from medseg.dataset import Case
 from medseg.errors import GeometryMismatch, InputError, MedsegError
 from medseg.geometry import Geometry
-from medseg.io import describe_grid, has_segments, read_mask, read_volume
-from medseg.io.dicom_seg import matched
+from medseg.io import describe_grid, read_mask, read_volume
 from medseg.postprocess import piece_sizes
 from medseg.progress import Progress, silent
 from medseg.records import Record, write_text
@@ -256,9 +255,8 @@ def _measure_case(name: str, case: Case | None, path: Path, labels: Labels | Non
     if case is None:
         return CaseStats(case=name, reason=f"{path}: there is no image of this name")
     try:
-        image, mask = read_volume(case.images), read_mask(path, labels)
-        if has_segments(path):  # may hold no more than the slices with labels
-            mask = matched(mask, image.geometry)
+        image = read_volume(case.images)
+        mask = read_mask(path, labels, image.geometry)
         return CaseStats(case=name, labels=measure(image, mask))
     except MedsegError as failure:
         return CaseStats(case=name, reason=str(failure))
