@@ -11,15 +11,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from dicoms import write_series
 from numpy.typing import NDArray
 
-from medseg import patches
+from medseg import io, patches
 from medseg.dataset import Case, Dataset
 from medseg.errors import DatasetError, InputError
 from medseg.patches import Batch, PreparedCase, batches, draw_batch, draw_patch, prepare_case, prepare_cases
 from medseg.plan import Configuration, NetworkPlan, Normalisation, Plan, TrainingPlan
 from medseg.records import TEMPORARY_PREFIX
-from medseg.volume import Labels
+from medseg.volume import Labels, Mask
 
 LABELS = Labels(values={"organ": 1, "lesion": 5}, ignore=9)
 Level = Literal["none", "light", "full"]
@@ -114,6 +115,26 @@ def test_what_is_stored(case: Case, tmp_path: Path) -> None:
     assert ready.coordinates[2].tolist() == [[0, 8, 1]]
     assert len(ready.coordinates[1]) == 12 * 10 * 5
     assert isinstance(ready.image, np.memmap)
+
+
+def test_a_case_of_dicom_is_prepared_as_that_of_nifti(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(1, 99, (12, 10, 8)).astype(np.int16)
+    write_series(tmp_path / "series", image, modality="MR")
+    volume = io.read_volume(tmp_path / "series")
+    mask = np.zeros(image.shape, np.uint8)
+    mask[3:5, 2, 4], mask[6, 7, 5] = 1, 5  # in two slices: no other is stored in a segmentation
+    labels = Labels(values={"organ": 1, "lesion": 5})
+    marked = Mask(mask, volume.geometry, labels, header=volume.header)
+    io.write_mask(marked, tmp_path / "mask.dcm", allow_uncoded=True)
+    io.write_mask(marked, tmp_path / "mask.nii.gz")
+    nib.save(nib.Nifti1Image(image, volume.geometry.affine), tmp_path / "image.nii.gz")  # type: ignore[no-untyped-call]
+    one, other = (
+        prepared(Case("case", (tmp_path / source,), tmp_path / label), tmp_path / f"cache_{source}")
+        for source, label in (("series", "mask.dcm"), ("image.nii.gz", "mask.nii.gz"))
+    )
+    np.testing.assert_array_equal(one.image, other.image)
+    np.testing.assert_array_equal(one.indices, other.indices)
+    assert np.bincount(one.indices.ravel()).tolist() == [12 * 10 * 8 - 3, 2, 1]
 
 
 def test_a_class_has_a_limited_number_of_places(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
