@@ -31,6 +31,7 @@ _DECODERS = {
 _ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"  # tags of encapsulated fragments, PS3.5 A.4
 _END_OF_IMAGE = b"\xff\xd9"  # EOI of JPEG and JPEG-LS, EOC of JPEG 2000
 _KINDS = (np.uint8, np.int16, np.uint16, np.int32, np.int64)
+_MOST_RUN = 64  # times that run lengths expand: two bytes stand for 128 at the most (PS3.5 G.3.1)
 _TILE = 1024  # pixels: a stream in smaller pieces is no image of a scanner, and asks for memory by their number
 _DAMAGED = "copy it again from its source"
 
@@ -223,6 +224,8 @@ def _check_fragments(stream: BinaryIO, instance: Instance, encoding: Encoding) -
 def _decoded(content: bytes, encoding: Encoding) -> NDArray[Any] | None:
     """The pixels of one compressed frame (rows, columns); None where it is not what the header says."""
     if encoding.syntax == _RLE:
+        if encoding.frame_bytes > _MOST_RUN * len(content):
+            return None
         return _in_bits(_run_lengths(content, encoding), encoding)
     stream, decode = _stream_of(content), _decoder(encoding.syntax)
     if stream is None or decode is None or not content.rstrip(b"\0").endswith(_END_OF_IMAGE):
