@@ -14,18 +14,23 @@ import runpy
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
+from dicoms import write_series
 from small_datasets import nuclei, picture, save_picture
 from typer.main import get_command
 
 from medseg import cli, networks, pipeline
-from medseg.io import is_picture, suffix_of
+from medseg.io import dicom, is_picture, read_volume, series, suffix_of, write_mask
+from medseg.package import load_package, write_package
 from medseg.pipeline import RunResult
 from medseg.train import TrainSettings
+from medseg.volume import Labels, Mask
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -42,6 +47,8 @@ CONTAINERS = ("docker", "apptainer")
 ARRAY = re.compile(r"^#SBATCH --array=(\d+)-(\d+)$", re.MULTILINE)
 MINUTES = ("demo",)
 READ_ONLY = ("experiments.md",)
+LIVER = Labels(values={"liver": 1, "spleen": 5})
+"""The labels of the phantom, renamed to what SNOMED CT knows."""
 USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
@@ -172,7 +179,9 @@ class Sandbox:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         makers: dict[str, Callable[[Path], object]] = {
-            "package": lambda folder: shutil.copytree(self.made.package, folder),
+            "package": self._write_package,
+            "study": self._write_study,
+            "mask": self._write_mask,
             "masks": lambda folder: shutil.copytree(self.dataset / "labelsTr", folder),
             "nuclei": lambda folder: nuclei(folder.parent),
             "planned": self._write_plan,
@@ -192,6 +201,28 @@ class Sandbox:
         else:
             shutil.copytree(self.dataset, path.parent if path.name == "dataset.json" else path, dirs_exist_ok=True)
 
+    def _write_package(self, folder: Path) -> None:
+        """A model; in a folder called liver, one of labels that SNOMED CT knows."""
+        if folder.parent.name != "liver":
+            shutil.copytree(self.made.package, folder)
+            return
+        made = load_package(self.made.package)
+        write_package(replace(made, plan=made.plan.model_copy(update={"labels": LIVER})), folder)
+
+    def _write_study(self, folder: Path) -> None:
+        """Two series of DICOM with a phantom each."""
+        for name, phase in (("phantom_007", "arterial"), ("phantom_008", "portal venous")):
+            image = read_volume(self.dataset / "imagesTs" / f"{name}.nii.gz").array[0].astype(np.int16)
+            described = {"SeriesDescription": phase}
+            write_series(folder / name, image, study_uid="1.2.3", change=lambda data, k, d=described: data.update(d))
+
+    def _write_mask(self, path: Path) -> None:
+        """A mask on the grid of the series that the documents mean."""
+        geometry = dicom.check(series("study", "*portal*"))
+        array = np.zeros(geometry.shape, np.uint8)
+        array[4:9, 4:9, 2:5], array[12:14, 4:9, 2:5] = LIVER.values.values()
+        write_mask(Mask(array, geometry), path)
+
     def _write_plan(self, folder: Path) -> None:
         folder.mkdir()
         shutil.copy(self.made.out / "plan.json", folder)
@@ -199,10 +230,13 @@ class Sandbox:
     def provide_arguments(self, name: str, arguments: dict[str, Any]) -> None:
         """Put there what a command reads."""
         kinds = {"dataset": "dataset", "model": "package", "predictions": "masks", "references": "masks"}
-        kinds |= {"package": "package", "previous": "model folder"}
+        kinds |= {"package": "package", "labels": "package", "previous": "model folder"}
+        kinds |= {"place": "study" if str(arguments.get("place")) == "study" else "dataset"}
+        kinds |= {"reference": "study", "mask": "mask"}
         kinds["folder"] = "model folder" if name == "import_nnunet" else "nuclei"
         for image in arguments.get("images", ()):
-            self.provide("dataset" if image.endswith(".json") else "images", Path(image.replace("*", "patient")))
+            kind = "dataset" if image.endswith(".json") else "study" if image == "study" else "images"
+            self.provide(kind, Path(image.replace("*", "patient")))
         if "Task" in str(arguments.get("references", "")):
             kinds["references"] = "dataset"
         if name == "train":

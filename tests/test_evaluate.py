@@ -404,10 +404,10 @@ def test_segmentations_are_found_in_files_and_folders(series: Series, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"origin": (11, 20, 30)}, "mask: "),
+        ({"origin": (11, 20, 30)}, "a.dcm: its voxels do not lie on those of the image"),
         ({"origin": (13, 20, 30)}, "lie outside"),
         ({"origin": (10 + 3 * 1000, 20, 30)}, "lies far away from the reference"),
-        ({"spacing": (1.0, 0.75, 3.0)}, "mask: "),
+        ({"spacing": (1.0, 0.75, 3.0)}, "a.dcm: its voxels do not lie on those of the image"),
     ],
     ids=["a third of a slice", "one slice", "far away", "coarser"],
 )
