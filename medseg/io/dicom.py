@@ -276,8 +276,8 @@ def reading_bytes(series: Series) -> int:
     item = np.dtype(series.kind).itemsize
     read = len(series.frames) * pixels_a_slice * item
     interpolated = series.geometry.shape[2] * pixels_a_slice * item if series.positions_mm else 0
-    inflated = max(frame.encoding.file_bytes for frame in series.frames)
-    return read + interpolated + 4 * 8 * pixels_a_slice + inflated
+    files = max(frame.encoding.file_bytes * (4 if frame.encoding.deflated else 1) for frame in series.frames)
+    return read + interpolated + 4 * 8 * pixels_a_slice + files
 
 
 def headers(series: Series) -> Sequence[Any]:
@@ -403,7 +403,8 @@ def _oddities(frames: Sequence[Frame], modality: str) -> list[str]:
 
 
 def _turned(frame: Frame, modality: str) -> bool:
-    return frame.encoding.inverted and modality not in ("CT", "PT") and frame.unit in ("", "US")
+    inverted = frame.encoding.inverted and not frame.encoding.is_float
+    return inverted and modality not in ("CT", "PT") and frame.unit in ("", "US")
 
 
 def _means(pattern: str, series: Series) -> bool:

@@ -152,6 +152,11 @@ class Encoding:
         return self.rows * self.columns * self.allocated // 8
 
     @property
+    def deflated(self) -> bool:
+        """Whether the file is inflated to be read."""
+        return self.syntax.encode() == _DEFLATED
+
+    @property
     def is_float(self) -> bool:
         """Whether the pixels are floating point numbers."""
         return self.keyword in ("FloatPixelData", "DoubleFloatPixelData")

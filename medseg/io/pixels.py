@@ -115,17 +115,17 @@ def values(stored: NDArray[Any], frame: Frame, kind: np.dtype[Any], turned: bool
         kind: number type that ``kind_of`` gives; wide enough.
         turned: whether the stored numbers are to be turned, the largest possible becoming the smallest.
     """
-    wide = stored if frame.encoding.is_float else stored.astype(np.int64)
-    if turned and not frame.encoding.is_float:
-        wide = sum(frame.encoding.range) - wide
+    if turned:
+        stored = sum(frame.encoding.range) - stored.astype(np.int64)
     if frame.table is not None:
         first, table = frame.table
-        wide = table[np.clip(wide - first, 0, len(table) - 1)].astype(np.int64)
+        stored = table[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)]
     slope, intercept = frame.slope, frame.intercept or 0.0
-    if kind.kind in "iu":
-        return (wide + int(intercept)).astype(kind)
+    if kind.kind in "iu":  # what fits in the end may wrap around on the way
+        return np.asarray(stored.astype(kind) + np.int64(intercept).astype(kind))
     with np.errstate(over="ignore"):  # too large for float32: infinite, which is refused where an image is taken in
-        return (wide.astype(np.float64) * (1.0 if slope is None else slope) + intercept).astype(kind)
+        product = np.multiply(stored, 1.0 if slope is None else slope, dtype=np.float64)
+        return np.asarray((product + intercept).astype(kind))
 
 
 def digest(reader: Reader, frame: Frame) -> bytes:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.uid import RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
 
 from medseg.errors import IncompleteSeries, InputError, UnreadableFile
 from medseg.geometry import Geometry
@@ -395,6 +396,19 @@ def test_no_text_of_a_header_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     with pytest.raises(InputError) as error:
         dicom.read(tmp_path)
     assert marker not in f"{series!r}{error.value}{series.name}{series.key}{caplog.text}"
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless, DeflatedExplicitVRLittleEndian])
+@pytest.mark.parametrize("write", [write_series, write_enhanced])
+def test_no_more_memory_than_reading_bytes_says(write: Any, syntax: str, tmp_path: Path) -> None:
+    write(tmp_path, np.random.default_rng(0).integers(-999, 999, (128, 128, 20), dtype=np.int16), syntax=syntax)
+    series = the(tmp_path)
+    dicom.read_series(series)  # what is imported on the way does not count
+    tracemalloc.start()
+    dicom.read_series(series)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= dicom.reading_bytes(series) <= 2**23
 
 
 def test_a_series_can_be_sent_to_another_process(tmp_path: Path) -> None:

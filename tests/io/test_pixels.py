@@ -153,6 +153,8 @@ def test_the_number_type_holds_what_the_bits_allow(frames: list[Frame], kind: st
 def test_values() -> None:
     assert values([0, 4095], plain()) == ([0, 4095], "int16")
     assert values([0, 4095], plain(slope=1.0, intercept=-1024.0)) == ([-1024, 3071], "int16")
+    wrapped = plain(stored=16, slope=1.0, intercept=-32768.0)
+    assert values([0, 65535], wrapped) == ([-32768, 32767], "int16")
     assert values([0, 4], plain(slope=0.25, intercept=-1.5)) == ([-1.5, -0.5], "float32")
     assert values([0, 4095, 95], plain(), turned=True) == ([4095, 0, 4000], "int16")
     assert values([-2048, 2047], plain(signed=True), turned=True) == ([2047, -2048], "int16")
