@@ -7,9 +7,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from dicoms import write_series
+from pydicom import Dataset, dcmread
+from pydicom.uid import RLELossless
 
 from medseg.errors import UnreadableFile
+from medseg.geometry import Geometry
+from medseg.io import dicom, dicom_seg
+from medseg.volume import Labels, Mask
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,3 +116,42 @@ def test_a_process_without_a_word_is_ended(fuzz: ModuleType, tmp_path: Path, mon
     monkeypatch.setattr(fuzz, "__file__", str(script))
     monkeypatch.setattr(fuzz, "HANG_S", 0.5)
     assert "no word" in fuzz.run("nifti", 1).failures[0].outcome
+
+
+# What was found so
+
+
+def test_a_rescale_intercept_of_another_kind(tmp_path: Path) -> None:
+    def change(dataset: Dataset, _: int) -> None:
+        del dataset.RescaleIntercept
+        dataset.add_new(0x00281052, "SS", -7)
+
+    array = np.arange(4 * 3 * 2, dtype=np.int16).reshape(4, 3, 2)
+    write_series(tmp_path, array, change=change)
+    np.testing.assert_array_equal(dicom.read(tmp_path).array[0], array - 7)
+
+
+def test_run_lengths_are_not_unpacked_for_more_than_they_can_stand_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(dataset: Dataset, _: int) -> None:
+        dataset.Rows = 65535
+
+    write_series(tmp_path, np.zeros((4, 3, 2), np.int16), syntax=RLELossless, change=change)
+    monkeypatch.setattr("pydicom.pixels.decoders.base.get_decoder", lambda _: pytest.fail("it was decoded"))
+    with pytest.raises(UnreadableFile, match="cannot be decoded"):
+        dicom.read(tmp_path)
+
+
+def test_frames_of_a_segmentation_too_large_for_their_run_lengths(tmp_path: Path) -> None:
+    write_series(tmp_path / "images", np.zeros((40, 30, 2), np.int16))
+    series = dicom.select(dicom.scan(tmp_path / "images"))[0]
+    assert isinstance(series.geometry, Geometry)
+    mask = Mask(np.ones((40, 30, 2), np.uint8), series.geometry, Labels(values={"liver": 1}), (), series)
+    dicom_seg.write(mask, tmp_path / "a.dcm", kind="LABELMAP")
+    dataset = dcmread(tmp_path / "a.dcm")
+    assert dataset.file_meta.TransferSyntaxUID == RLELossless
+    dataset.Rows = dataset.Columns = 1000  # two million voxels in 300 bytes
+    dataset.save_as(tmp_path / "a.dcm")
+    with pytest.raises(UnreadableFile, match="2 frames of 1000x1000"):
+        dicom_seg.read_mask(tmp_path / "a.dcm")

@@ -73,6 +73,8 @@ _MOST_LABELS = 254  # see Labels
 _MOST_VOXELS = 2**32
 _MOST_COMPRESSION = 10_000
 """Times; a frame of one colour is a thousandth in JPEG-LS."""
+_MOST_RUN = 64
+"""Times that run lengths expand: two bytes stand for 128 at the most (PS3.5, G.3.1)."""
 _MOST_GAP = 4096
 """Slices that a segmentation may span beyond the frames that it has."""
 
@@ -531,7 +533,8 @@ def _frame_table(dataset: Any, path: Path) -> list[_Frame]:
     rows, columns, count = int(dataset.Rows), int(dataset.Columns), int(dataset.get("NumberOfFrames", 1))
     items, shared = dataset.PerFrameFunctionalGroupsSequence, dataset.SharedFunctionalGroupsSequence[0]
     needed = (rows * columns * count * int(dataset.BitsAllocated) + 7) // 8
-    most = len(dataset.PixelData) * (1 if _is_native(dataset) else _MOST_COMPRESSION)
+    is_rle = dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.5"
+    most = len(dataset.PixelData) * (1 if _is_native(dataset) else _MOST_RUN if is_rle else _MOST_COMPRESSION)
     if min(rows, columns, count) < 1 or len(items) != count or needed > most:
         found = f"{count} frames of {columns}x{rows}, {len(items)} described, in {len(dataset.PixelData):,} bytes"
         raise UnreadableFile(path, found, "as many frames as its header claims", "copy it again from its source")

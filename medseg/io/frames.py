@@ -578,7 +578,7 @@ def _numbers(elements: _Elements, tag: int) -> tuple[float, ...]:
         if code is None:
             values = [float(part) for part in raw.decode("ascii").strip(" \0").split("\\")]
         else:
-            values = np.frombuffer(raw, ("<" if element.is_little_endian else ">") + code).tolist()
+            values = np.frombuffer(raw, ("<" if element.is_little_endian else ">") + code).astype(float).tolist()
     except ValueError:
         return ()
     return tuple(values) if np.isfinite(values).all() else ()
