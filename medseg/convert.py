@@ -87,18 +87,13 @@ def labels_at(place: Path) -> Labels:
     listing = place / "dataset.json" if place.is_dir() else place
     if listing.suffix == ".json" and listing.is_file():
         body = read_json(listing)
-        return _coded(label_tables.labels_of_dataset(body, listing), str(body.get("name", "")))
+        return label_tables.labels_of_dataset(body, listing).coded(str(body.get("name", "")))
     if place.is_dir() or place.suffix == ".zip":
         from medseg.package import load_package
 
         package = load_package(place)
-        return _coded(package.plan.labels, package.manifest.name)
+        return package.plan.labels.coded(package.manifest.name)
     return label_tables.read_labels_file(place)
-
-
-def _coded(labels: Labels, dataset: str) -> Labels:
-    codings = {name: coding for name in labels.names if (coding := labels.coding(name, dataset))}
-    return labels.model_copy(update={"codings": codings})
 
 
 def _ending(target: Path) -> str:

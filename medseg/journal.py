@@ -193,7 +193,7 @@ class Journal:
 
 def versions() -> dict[str, str]:
     """Versions of medseg and of what its results rest on."""
-    names = ("torch", "monai", "lightning-fabric", "numpy", "scipy", "nibabel", "safetensors")
+    names = ("torch", "monai", "lightning-fabric", "numpy", "scipy", "nibabel", "pydicom", "highdicom", "safetensors")
     return {
         "medseg": medseg.__version__,
         "python": platform.python_version(),

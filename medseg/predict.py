@@ -39,7 +39,7 @@ from medseg.preprocess import Prepared, Probabilities, on_grid, prepare, restore
 from medseg.records import Record, digest_of
 from medseg.resample import Place, Slab
 from medseg.sliding_window import Margins, is_out_of_memory, slabs
-from medseg.volume import Labels, Mask, Volume
+from medseg.volume import Mask, Volume
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Predictor:
         self.engine = default_engine(self.device) if self.settings.engine == "auto" else self.settings.engine
         check_engine(self.engine, self.device, self.settings.precision)
         self.classes = _classes(package, self.settings.probabilities)
-        self.labels = _coded(package.plan.labels, package.manifest.name)
+        self.labels = package.plan.labels.coded(package.manifest.name)
         self._small = self._kept()
         self._networks: list[Engine] = [] if self.engine == "openvino-int8" and not self._small else self._build()
         earlier = self.settings.model_copy(update={"probabilities": ()})
@@ -330,12 +330,6 @@ def load(package: Path | str, **settings: Any) -> Predictor:
         InputError: the device is not there, or a setting does not exist.
     """
     return Predictor(load_package(Path(package)), PredictSettings.checked(settings, "medseg.load"))
-
-
-def _coded(labels: Labels, dataset: str) -> Labels:
-    """Labels with the codes that their names have in a dataset, so that whoever has the mask need not know of it."""
-    codings = {name: coding for name in labels.names if (coding := labels.coding(name, dataset))}
-    return labels.model_copy(update={"codings": codings})
 
 
 def _classes(package: ModelPackage, names: Sequence[str]) -> tuple[tuple[int, str], ...]:

@@ -172,7 +172,8 @@ class Job:
     def key(self) -> str:
         """Digest of all that was asked for: a finished training holds on any machine."""
         cases = [case.stem.name for case in (*self.cases, *(prepared for _, prepared in self.validation))]
-        return digest_of([self.plan.digest(), self.configuration, cases, self.settings.model_dump(mode="json")])
+        plan = self.plan.model_dump(mode="json", exclude={"labels": {"codings", "colours"}})  # no weight depends on these
+        return digest_of([plan, self.configuration, cases, self.settings.model_dump(mode="json")])
 
     @cached_property
     def checkpoint_key(self) -> str:

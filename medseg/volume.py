@@ -80,6 +80,11 @@ class Labels(Record):
         """What a label stands for: as ``codings`` has it, or else by its name (``terminology.coding_of``)."""
         return self.codings.get(name) or coding_of(name, dataset)
 
+    def coded(self, dataset: str) -> Labels:
+        """With every coding that the names have in a dataset, so that whoever has a mask need not know of it."""
+        codings = {name: coding for name in self.names if (coding := self.coding(name, dataset))}
+        return self.model_copy(update={"codings": codings})
+
     def colour(self, name: str) -> Colour:
         """The colour of a label: as ``colours`` has it, or else by its place (``terminology.colour_of``)."""
         return self.colours.get(name) or colour_of(self.names.index(name))

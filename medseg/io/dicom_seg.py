@@ -26,7 +26,7 @@ from medseg.geometry import Geometry, Reorientation
 from medseg.io import archive, dicom, stack
 from medseg.io import frames as files
 from medseg.records import replacing
-from medseg.terminology import Code, Coding, Colour, coding_of, colour_of
+from medseg.terminology import Code, Coding, Colour
 from medseg.volume import Labels, Mask
 
 log = logging.getLogger(__name__)
@@ -157,15 +157,16 @@ def matched(mask: Mask, geometry: Geometry) -> Mask:
     """
     if mask.geometry.close_to(geometry):
         return replace(mask, geometry=geometry)
+    where = mask.paths[0] if mask.paths else "mask"
     turn = _turn(mask.geometry, geometry)
-    array, start = turn.apply(mask.array), _start(mask.geometry.reoriented(turn), geometry)
+    array, start = turn.apply(mask.array), _start(mask.geometry.reoriented(turn), geometry, where)
     low = np.clip(start, 0, geometry.shape)
     high = np.clip(start + array.shape, 0, geometry.shape)
     inside = array[tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))]
     lost = int(np.count_nonzero(array)) - int(np.count_nonzero(inside))
     if lost:
         found = f"{lost:,} labelled voxels of the mask lie outside of the image"
-        raise GeometryMismatch("mask", found, "a mask within the image", "is it the mask of this image?")
+        raise GeometryMismatch(where, found, "a mask within the image", "is it the mask of this image?")
     result = np.zeros(geometry.shape[::-1], dtype=array.dtype).T  # slice after slice, as read
     result[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = inside
     return replace(mask, array=result, geometry=geometry)
@@ -225,19 +226,16 @@ def _segments(labels: Labels, path: Path, dataset: str, allow_uncoded: bool) -> 
     if unfit:
         expected = f"at most {_LONG_STRING} characters, without backslash and line ends"
         raise InputError(path, f"label names that DICOM cannot hold: {', '.join(map(repr, unfit))}", expected)
-    codings = {name: labels.codings.get(name) or coding_of(name, dataset) for name in labels.names}
+    codings = {name: labels.coding(name, dataset) for name in labels.names}
     uncoded = [name for name, coding in codings.items() if coding is None]
     if uncoded and not allow_uncoded:
         raise InputError(
             path,
             f"labels without a SNOMED CT code: {', '.join(uncoded)}",
             "a code for every segment",
-            "give codes in dataset.json or a label table, or allow private ones with --allow-uncoded",
+            "give --labels with codes (a model package, dataset.json or table), or --allow-uncoded for private ones",
         )
-    return [
-        _Segment(name, codings[name] or _private(name), labels.colours.get(name) or colour_of(place))
-        for place, name in enumerate(labels.names)
-    ]
+    return [_Segment(name, codings[name] or _private(name), labels.colour(name)) for name in labels.names]
 
 
 def _private(name: str) -> Coding:
@@ -736,7 +734,7 @@ def _turn(grid: Geometry, target: Geometry) -> Reorientation:
     return Reorientation(axes, flips)  # type: ignore[arg-type]
 
 
-def _start(grid: Geometry, target: Geometry) -> NDArray[np.intp]:
+def _start(grid: Geometry, target: Geometry, where: object) -> NDArray[np.intp]:
     """The voxel of ``target`` on which the first voxel of ``grid`` lies; and all others behind it.
 
     Looked at within the grid alone: what a few slices say of places far from them is not sure.
@@ -746,5 +744,5 @@ def _start(grid: Geometry, target: Geometry) -> NDArray[np.intp]:
     start: NDArray[np.intp] = np.rint(places[0]).astype(np.intp)
     if np.abs(places - start).max() > _TOLERANCE:
         found = "its voxels do not lie on those of the image, however turned, flipped or cropped"
-        raise GeometryMismatch("mask", found, "the lattice of the image", "resample the mask to the image first")
+        raise GeometryMismatch(where, found, "the lattice of the image", "resample the mask to the image first")
     return start

@@ -271,7 +271,7 @@ def image_of(reader: Reader, instance: Instance) -> Image | str:
             if stream.read(132)[128:] != b"DICM":
                 return "zip in a folder" if _is_zip(stream) else "no DICOM"
             stream.seek(0)
-            return _image_of(stream, size, instance)
+            return _image_of(stream, size, instance, inflated=size != reader.size(instance))
     except MemoryError:
         raise
     except (zipfile.BadZipFile, zlib.error):
@@ -320,13 +320,13 @@ def _inflated(content: bytes, instance: Instance) -> bytes:
     return bytes(128) + b"DICM" + length + syntax + plain
 
 
-def _image_of(stream: BinaryIO, size: int, instance: Instance) -> Image | str:
+def _image_of(stream: BinaryIO, size: int, instance: Instance, *, inflated: bool) -> Image | str:
     from pydicom import dcmread
 
     with silent():
         dataset = dcmread(stream, stop_before_pixels=True, specific_tags=_WANTED)
         meta = dataset.file_meta
-        syntax = str(meta.get("TransferSyntaxUID", ""))
+        syntax = _DEFLATED.decode() if inflated else str(meta.get("TransferSyntaxUID", ""))
         sop_class = str(meta.get("MediaStorageSOPClassUID", ""))
         implicit, little = dataset.original_encoding
         header = _elements(dataset)  # before pydicom parses any, as it does with others on the way to a sequence
