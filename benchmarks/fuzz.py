@@ -47,7 +47,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # dicoms
 from medseg import terminology
 from medseg.errors import MedsegError
 from medseg.geometry import Geometry
-from medseg.io import dicom, dicom_seg, label_tables, nifti, read_mask, seg_nrrd
+from medseg.io import dicom, label_tables, nifti, read_mask, seg_nrrd
+from medseg.io.dicom import segmentation
 from medseg.volume import Labels, Mask, Volume
 
 LIMIT_S = 5.0
@@ -356,7 +357,7 @@ def _seg_samples(folder: Path) -> list[Sample]:
     for kind in ("BINARY", "LABELMAP"):
         place = folder / kind
         place.mkdir()
-        dicom_seg.write(_mask(series, series.geometry), place / "case.dcm", kind=kind)
+        segmentation.write(_mask(series, series.geometry), place / "case.dcm", kind=kind)
         samples.append(_sample(place))
     return samples
 
@@ -409,7 +410,7 @@ def read_dicom(folder: Path) -> int:
 
 
 def read_seg(folder: Path) -> int:
-    return 2 * dicom_seg.read_mask(folder / "case.dcm").array.nbytes
+    return 2 * segmentation.read_mask(folder / "case.dcm").array.nbytes
 
 
 def read_nrrd(folder: Path) -> int:

@@ -173,9 +173,9 @@ def _is_mask(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     if path.is_dir() or io.suffix_of(path) in (None, ".dcm", ".zip"):
-        from medseg.io import dicom_seg
+        from medseg.io.dicom import segmentation
 
-        return dicom_seg.is_segmentation(path)
+        return segmentation.is_segmentation(path)
     return not _is_second_half(path)
 
 

@@ -941,7 +941,7 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
     """Say what is installed, which device is used, what is missing."""
     import importlib.util
 
-    from medseg.io.pixels import decoders
+    from medseg.io.dicom.pixels import decoders
     from medseg.journal import versions
 
     output = _console(stderr=False)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from medseg import io
 from medseg.errors import InputError
 from medseg.geometry import Geometry
-from medseg.io import dicom_seg, label_tables, nifti
+from medseg.io import label_tables, nifti
 from medseg.records import read_json
 from medseg.volume import Labels, Mask
 
@@ -67,7 +67,7 @@ def convert(
     header: Any = None
     if reference is not None:
         geometry, header = _grid(reference, series, of_series=ending == ".dcm")
-        mask = dicom_seg.matched(mask, geometry)
+        mask = mask.placed(geometry)
     written = Mask(mask.array, mask.geometry, mask.labels, header=header)
     options = {"kind": kind, "allow_uncoded": allow_uncoded} if ending == ".dcm" else {}
     io.write_mask(written, target, **options)

@@ -26,7 +26,6 @@ from medseg.dataset import Dataset
 from medseg.errors import DatasetError, GeometryMismatch, InputError, UnreadableFile
 from medseg.geometry import Box, Geometry
 from medseg.io import describe_grid, has_segments, read_mask
-from medseg.io.dicom_seg import matched
 from medseg.metrics import DEFINITIONS, ClassScore, score_failure, score_pair
 from medseg.progress import Progress, silent
 from medseg.records import Record, write_text
@@ -280,7 +279,7 @@ def _on_one_grid(prediction: Mask, reference: Mask, path: Path, reference_path: 
     grid = prediction.geometry if parts == (False, True) else reference.geometry
     if all(parts):
         grid = _extended(grid, prediction.geometry, path)
-    return matched(prediction, grid), matched(reference, grid)
+    return prediction.placed(grid), reference.placed(grid)
 
 
 def _extended(grid: Geometry, other: Geometry, where: Path) -> Geometry:

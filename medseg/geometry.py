@@ -22,6 +22,9 @@ AXIS_LETTERS = ("LR", "PA", "IS")
 SHEAR_TOLERANCE = 1e-3
 """Cosine between two voxel axes below which a grid counts as orthogonal: over 500 mm that moves a voxel by 0.5 mm."""
 
+LATTICE_TOLERANCE = 0.1
+"""Part of a voxel by which the voxels of two grids may miss each other and count as the same."""
+
 
 @dataclass(frozen=True)
 class Box:
@@ -212,6 +215,27 @@ class Geometry:
     def world(self, voxels: Float) -> Float:
         """World points (N, 3) in mm of voxel indices (N, 3)."""
         return np.asarray(voxels @ self.affine[:3, :3].T + self.affine[:3, 3])
+
+    def placed(self, target: Geometry) -> tuple[Reorientation, tuple[int, int, int]] | None:
+        """How the voxels of this grid lie on those of another; None where they do not.
+
+        Looked at within this grid alone: what a few slices say of places far from them is not sure.
+
+        Returns:
+            What turns the axes of this grid into those of ``target``, and on which of its voxels, perhaps outside of
+            it, the first voxel of the turned grid lies then; all others follow.
+        """
+        between = np.linalg.inv(target.direction) @ self.direction
+        score = {axes: sum(abs(between[n, a]) for n, a in enumerate(axes)) for axes in itertools.permutations(range(3))}
+        axes = max(score, key=lambda axes: score[axes])
+        turn = Reorientation(axes, tuple(bool(between[n, a] < 0) for n, a in enumerate(axes)))  # type: ignore[arg-type]
+        grid = self.reoriented(turn)
+        corners = np.array(list(itertools.product(*((0, n - 1) for n in grid.shape))), dtype=np.float64)
+        offsets = (grid.world(corners) - target.origin) @ np.linalg.inv(target.affine[:3, :3]).T - corners
+        start = np.rint(offsets[0])
+        if np.abs(offsets - start).max() > LATTICE_TOLERANCE:
+            return None
+        return turn, tuple(int(n) for n in start)  # type: ignore[return-value]
 
     def close_to(self, other: Geometry, tolerance: float = 1e-2) -> bool:
         """Same shape, and every corner within ``tolerance`` of the smallest spacing of the other's."""

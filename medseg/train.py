@@ -172,7 +172,9 @@ class Job:
     def key(self) -> str:
         """Digest of all that was asked for: a finished training holds on any machine."""
         cases = [case.stem.name for case in (*self.cases, *(prepared for _, prepared in self.validation))]
-        plan = self.plan.model_dump(mode="json", exclude={"labels": {"codings", "colours"}})  # no weight depends on these
+        plan = self.plan.model_dump(
+            mode="json", exclude={"labels": {"codings", "colours"}}
+        )  # no weight depends on these
         return digest_of([plan, self.configuration, cases, self.settings.model_dump(mode="json")])
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from medseg.errors import InputError
+from medseg.errors import GeometryMismatch, InputError
 from medseg.geometry import Geometry
 from medseg.records import Record
 from medseg.terminology import Coding, Colour, coding_of, colour_of
@@ -175,6 +175,29 @@ class Mask:
     paths: tuple[Path, ...] = ()
     header: Any = field(default=None, compare=False)
     warnings: tuple[str, ...] = ()
+
+    def placed(self, geometry: Geometry) -> Mask:
+        """The mask on another grid of the same lattice: turned, flipped, cropped and padded, never resampled.
+
+        Raises:
+            GeometryMismatch: the voxels of the two grids do not lie on each other, or labelled ones lie outside.
+        """
+        if self.geometry.close_to(geometry):
+            return replace(self, geometry=geometry)
+        where = self.paths[0] if self.paths else "mask"
+        place = self.geometry.placed(geometry)
+        if place is None:
+            found = "its voxels do not lie on those of the image, however turned, flipped or cropped"
+            raise GeometryMismatch(where, found, "the lattice of the image", "resample the mask to the image first")
+        array, start = place[0].apply(self.array), np.array(place[1])
+        low, high = np.clip(start, 0, geometry.shape), np.clip(start + array.shape, 0, geometry.shape)
+        inside = array[tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))]
+        if lost := int(np.count_nonzero(array)) - int(np.count_nonzero(inside)):
+            found = f"{lost:,} labelled voxels of the mask lie outside of the image"
+            raise GeometryMismatch(where, found, "a mask within the image", "is it the mask of this image?")
+        result = np.zeros(geometry.shape[::-1], dtype=array.dtype).T  # slice after slice, as it is read
+        result[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = inside
+        return replace(self, array=result, geometry=geometry)
 
     def volumes_ml(self) -> dict[str, float]:
         """Volume of each class, and of each region, in millilitres, by name.

@@ -33,7 +33,7 @@ from medseg.cases import MASK_FORMATS, MaskFormat, Shard, find_cases
 from medseg.dataset import Case
 from medseg.engines import build_engine
 from medseg.errors import InputError
-from medseg.io import dicom_seg, nifti
+from medseg.io import nifti
 from medseg.journal import Journal, Prediction
 from medseg.package import ModelPackage
 from medseg.pipeline import RunResult
@@ -900,7 +900,7 @@ def test_masks_of_a_series_lie_on_it_in_every_format_and_say_the_same(package: M
     assert len(np.unique(mask.array)) == 3
     for end in ENDINGS:
         found = io.read_mask(tmp_path / "out" / f"{series.name}.{end}", model.labels)
-        found = dicom_seg.matched(found, mask.geometry)
+        found = found.placed(mask.geometry)
         np.testing.assert_array_equal(found.array, mask.array, end)
     assert result.files == {
         f"{series.name}.{end}": records.digest_file(tmp_path / "out" / f"{series.name}.{end}") for end in ENDINGS

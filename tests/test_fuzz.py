@@ -15,7 +15,8 @@ from pydicom.uid import RLELossless
 
 from medseg.errors import UnreadableFile
 from medseg.geometry import Geometry
-from medseg.io import dicom, dicom_seg
+from medseg.io import dicom
+from medseg.io.dicom import segmentation
 from medseg.volume import Labels, Mask
 
 ROOT = Path(__file__).parents[1]
@@ -148,10 +149,10 @@ def test_frames_of_a_segmentation_too_large_for_their_run_lengths(tmp_path: Path
     series = dicom.select(dicom.scan(tmp_path / "images"))[0]
     assert isinstance(series.geometry, Geometry)
     mask = Mask(np.ones((40, 30, 2), np.uint8), series.geometry, Labels(values={"liver": 1}), (), series)
-    dicom_seg.write(mask, tmp_path / "a.dcm", kind="LABELMAP")
+    segmentation.write(mask, tmp_path / "a.dcm", kind="LABELMAP")
     dataset = dcmread(tmp_path / "a.dcm")
     assert dataset.file_meta.TransferSyntaxUID == RLELossless
     dataset.Rows = dataset.Columns = 1000  # two million voxels in 300 bytes
     dataset.save_as(tmp_path / "a.dcm")
     with pytest.raises(UnreadableFile, match="2 frames of 1000x1000"):
-        dicom_seg.read_mask(tmp_path / "a.dcm")
+        segmentation.read_mask(tmp_path / "a.dcm")

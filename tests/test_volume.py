@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from pydantic import ValidationError
+from scipy.spatial.transform import Rotation
 
-from medseg.errors import InputError
-from medseg.geometry import Geometry
+from medseg.errors import GeometryMismatch, InputError
+from medseg.geometry import Box, Geometry
 from medseg.terminology import Code, Coding, colour_of
 from medseg.volume import Labels, Mask
 
+ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI", "PSR", "SLA", "AIL", "IPR")
 GRID = Geometry((2, 2, 1), np.diag([2.0, 2.0, 2.5, 1.0]))  # a voxel is 10 mm3
 
 
@@ -123,3 +126,44 @@ def test_volumes_in_millilitres() -> None:
 def test_a_mask_without_labels_has_no_volumes() -> None:
     with pytest.raises(ValueError, match="without labels"):
         Mask(np.zeros((2, 2, 1), np.uint8), GRID).volumes_ml()
+
+
+def test_a_mask_is_cropped_and_padded_where_nothing_is_lost() -> None:
+    geometry = Geometry((4, 3, 2), np.diag([2.0, 3.0, 4.0, 1.0]))
+    array = np.zeros((4, 3, 2), dtype=np.uint8)
+    array[1, 1, 1] = 5
+    mask = Mask(array, geometry)
+    smaller = mask.placed(geometry.cropped(Box((1, 0, 1), (3, 2, 2))))
+    assert smaller.array.shape == (2, 2, 1)
+    assert np.argwhere(smaller.array).tolist() == [[0, 1, 0]]
+    larger = mask.placed(geometry.cropped(Box((-1, -2, 0), (5, 3, 6))))
+    assert larger.array.shape == (6, 5, 6)
+    assert np.argwhere(larger.array).tolist() == [[2, 3, 1]]
+    with pytest.raises(GeometryMismatch, match="1 labelled voxels of the mask lie outside"):
+        mask.placed(geometry.cropped(Box((2, 0, 0), (4, 3, 2))))
+    with pytest.raises(GeometryMismatch, match="1 labelled voxels of the mask lie outside"):
+        mask.placed(geometry.cropped(Box((20, 0, 0), (24, 3, 2))))
+
+
+@pytest.mark.parametrize(
+    "affine",
+    [np.diag([2.0, 3.0, 4.5, 1.0]), np.diag([2.0, 3.0, 8.0, 1.0]), np.diag([1.0, 3.0, 4.0, 1.0])],
+    ids=["other distance", "twice the distance", "half the distance"],
+)
+def test_other_lattices_are_refused(affine: NDArray[np.float64]) -> None:
+    mask = Mask(np.ones((4, 3, 6), dtype=np.uint8), Geometry((4, 3, 6), np.diag([2.0, 3.0, 4.0, 1.0])))
+    with pytest.raises(GeometryMismatch, match="do not lie on those of the image"):
+        mask.placed(Geometry((4, 3, 6), affine))
+
+
+@given(orientation=st.sampled_from(ORIENTATIONS), back=st.sampled_from(ORIENTATIONS), seed=st.integers(0, 99))
+def test_a_turned_mask_comes_back(orientation: str, back: str, seed: int) -> None:
+    array = np.random.default_rng(seed).integers(0, 4, (3, 4, 5)).astype(np.uint8)
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", [20, -35, 15], degrees=True).as_matrix() * [0.7, 1.1, 3.0]
+    affine[:3, 3] = [-40.0, 25.5, 103.0]
+    geometry = Geometry((3, 4, 5), affine)
+    first, second = geometry.to(orientation), geometry.to(back)
+    mask = Mask(first.apply(array), geometry.reoriented(first))
+    found = mask.placed(geometry.reoriented(second))
+    assert np.array_equal(found.array, second.apply(array))

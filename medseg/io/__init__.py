@@ -2,7 +2,7 @@
 
 A format is one module here with ``SUFFIXES``, ``read(path) -> Volume``, ``read_labels(path) -> Volume`` and
 ``write(mask, path)``, and one entry in ``FORMATS``. DICOM is two: images are series of files (``dicom``), masks are
-segmentations (``dicom_seg``).
+segmentations (``segmentation``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from medseg.errors import GeometryMismatch, IncompleteSeries, InputError
 from medseg.geometry import Geometry
-from medseg.io import dicom, dicom_seg, itk, nifti, picture, seg_nrrd
-from medseg.io.dicom import Series
+from medseg.io import dicom, itk, nifti, picture, seg_nrrd
+from medseg.io.dicom import Series, segmentation
 from medseg.volume import Labels, Mask, Volume
 
 Source = Path | Series
@@ -51,12 +51,12 @@ class _Dicom:
 
     def read_labels(self, path: Path) -> Volume:
         """Read a segmentation."""
-        mask = dicom_seg.read_mask(path)
+        mask = segmentation.read_mask(path)
         return Volume(mask.array[np.newaxis], mask.geometry, mask.paths or (path,), mask.header, mask.warnings)
 
     def write(self, mask: Mask, path: Path, **options: Any) -> None:
         """Write a segmentation of the mask's series."""
-        dicom_seg.write(mask, path, **options)
+        segmentation.write(mask, path, **options)
 
 
 _DICOM = _Dicom()
@@ -272,7 +272,7 @@ def read_mask(path: Path, labels: Labels | None = None, grid: Geometry | None = 
     """
     mask = _read_mask(path)
     if grid is not None and has_segments(path):
-        mask = dicom_seg.matched(mask, grid)
+        mask = mask.placed(grid)
     if labels is None:
         return mask
     array = mask.array if mask.labels is None else _by_name(mask, labels, path)
@@ -293,7 +293,7 @@ def write_mask(mask: Mask, path: Path, **options: Any) -> None:
     Args:
         mask: what is written; as a DICOM segmentation (``.dcm``) a mask of a series, which is then its ``header``.
         path: file.
-        options: of a DICOM segmentation: see ``medseg.io.dicom_seg.write``.
+        options: of a DICOM segmentation: see ``medseg.io.dicom.segmentation.write``.
     """
     if suffix_of(path) == ".dcm":
         _DICOM.write(mask, path, **options)
@@ -410,7 +410,7 @@ def _where(volume: Volume) -> Path | str:
 def _read_mask(path: Path) -> Mask:
     """A mask with the names that its file knows."""
     if has_segments(path):
-        return dicom_seg.read_mask(path) if is_dicom(path) else seg_nrrd.read_mask(path)
+        return segmentation.read_mask(path) if is_dicom(path) else seg_nrrd.read_mask(path)
     form = format_of(path)
     volume = form.read_labels(path)
     if volume.array.shape[0] != 1:

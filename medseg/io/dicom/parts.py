@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from medseg.io import stack
-from medseg.io.frames import ATTRIBUTES, Frame
-from medseg.io.stack import Plane
+from medseg.io.dicom import stack
+from medseg.io.dicom.frames import ATTRIBUTES, Frame
+from medseg.io.dicom.stack import Plane
 
 _PHASES = ("TriggerTime", "NominalCardiacTriggerDelayTime")
 """Attributes that differ a little from slice to slice: their rank at a position counts, not their value."""

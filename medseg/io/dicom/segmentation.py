@@ -13,7 +13,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import medseg
-from medseg.errors import GeometryMismatch, IncompleteSeries, InputError, MedsegError, UnreadableFile
-from medseg.geometry import Geometry, Reorientation
-from medseg.io import archive, dicom, stack
-from medseg.io import frames as files
+from medseg.errors import IncompleteSeries, InputError, MedsegError, UnreadableFile
+from medseg.geometry import Geometry
+from medseg.io import dicom
+from medseg.io.dicom import archive, stack
+from medseg.io.dicom import frames as files
 from medseg.records import replacing
 from medseg.terminology import Code, Coding, Colour
 from medseg.volume import Labels, Mask
@@ -99,7 +100,7 @@ def write(
     LABELMAP, which fewer viewers know, is one frame a slice, RLE compressed.
 
     Args:
-        mask: with labels; ``header`` is the series, the grid its own or one that ``matched`` brings to it.
+        mask: with labels; ``header`` is the series, the grid its own or one that ``Mask.placed`` brings to it.
         path: of the file.
         kind: BINARY or LABELMAP.
         model: name of what made the mask.
@@ -136,8 +137,8 @@ def read_mask(path: Path) -> Mask:
         path: of the file, or a folder or zip with exactly one.
 
     Returns:
-        Mask on the grid that its frames span (frames without voxels may be missing: ``matched`` gives it that of an
-        image); columns, rows, slices along their normal. Values are the numbers of the segments; labels have their
+        Mask on the grid that its frames span (frames without voxels may be missing: ``Mask.placed`` gives it that of
+        an image); columns, rows, slices along their normal. Values are the numbers of the segments; labels have their
         names, codes and colours.
 
     Raises:
@@ -147,29 +148,6 @@ def read_mask(path: Path) -> Mask:
     """
     with _quiet():
         return _guarded(lambda: _read(path), path, UnreadableFile)
-
-
-def matched(mask: Mask, geometry: Geometry) -> Mask:
-    """The mask on another grid of the same lattice: turned, flipped, cropped and padded, never resampled.
-
-    Raises:
-        GeometryMismatch: the voxels of the two grids do not lie on each other, or labelled ones lie outside.
-    """
-    if mask.geometry.close_to(geometry):
-        return replace(mask, geometry=geometry)
-    where = mask.paths[0] if mask.paths else "mask"
-    turn = _turn(mask.geometry, geometry)
-    array, start = turn.apply(mask.array), _start(mask.geometry.reoriented(turn), geometry, where)
-    low = np.clip(start, 0, geometry.shape)
-    high = np.clip(start + array.shape, 0, geometry.shape)
-    inside = array[tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))]
-    lost = int(np.count_nonzero(array)) - int(np.count_nonzero(inside))
-    if lost:
-        found = f"{lost:,} labelled voxels of the mask lie outside of the image"
-        raise GeometryMismatch(where, found, "a mask within the image", "is it the mask of this image?")
-    result = np.zeros(geometry.shape[::-1], dtype=array.dtype).T  # slice after slice, as read
-    result[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = inside
-    return replace(mask, array=result, geometry=geometry)
 
 
 def is_segmentation(path: Path) -> bool:
@@ -397,7 +375,7 @@ def _is_valid(keyword: str, value: Any) -> bool:
 def _frames(mask: Mask, labels: Labels, series: dicom.Series) -> NDArray[np.uint8]:
     """The mask as slices, rows, columns of segment numbers, on the slices of the series."""
     if series.geometry is not None:
-        mask = matched(mask, series.geometry)
+        mask = mask.placed(series.geometry)
     indices = labels.to_indices(dicom.to_slices(series, mask.array))
     if indices.max(initial=0) > len(labels.names):
         raise InputError("mask", f"voxels are marked to be ignored ({labels.ignore})", "labels and background")
@@ -724,25 +702,3 @@ def _code(item: Any, name: str) -> Code | None:
 
 
 # Grids
-
-
-def _turn(grid: Geometry, target: Geometry) -> Reorientation:
-    """What turns the axes of a grid into those of another; any, where they are not parallel."""
-    between = np.linalg.inv(target.direction) @ grid.direction
-    axes = max(itertools.permutations(range(3)), key=lambda axes: sum(abs(between[n, a]) for n, a in enumerate(axes)))
-    flips = tuple(bool(between[n, a] < 0) for n, a in enumerate(axes))
-    return Reorientation(axes, flips)  # type: ignore[arg-type]
-
-
-def _start(grid: Geometry, target: Geometry, where: object) -> NDArray[np.intp]:
-    """The voxel of ``target`` on which the first voxel of ``grid`` lies; and all others behind it.
-
-    Looked at within the grid alone: what a few slices say of places far from them is not sure.
-    """
-    corners = np.array(list(itertools.product(*((0, n - 1) for n in grid.shape))), dtype=np.float64)
-    places = (grid.world(corners) - target.origin) @ np.linalg.inv(target.affine[:3, :3]).T - corners
-    start: NDArray[np.intp] = np.rint(places[0]).astype(np.intp)
-    if np.abs(places - start).max() > _TOLERANCE:
-        found = "its voxels do not lie on those of the image, however turned, flipped or cropped"
-        raise GeometryMismatch(where, found, "the lattice of the image", "resample the mask to the image first")
-    return start

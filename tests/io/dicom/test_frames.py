@@ -1,4 +1,4 @@
-"""medseg.io.frames: what a file is by its header, and what its frames say."""
+"""medseg.io.dicom.frames: what a file is by its header, and what its frames say."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from medseg.errors import UnreadableFile
-from medseg.io.archive import Instance, Reader
-from medseg.io.frames import UNREADABLE, Image, data_of, headers_of, image_of, silent
+from medseg.io.dicom.archive import Instance, Reader
+from medseg.io.dicom.frames import UNREADABLE, Image, data_of, headers_of, image_of, silent
 
 ARRAY = np.arange(60, dtype=np.int16).reshape(5, 4, 3)
 
@@ -140,7 +140,7 @@ def test_faults_of_pixels(values: dict[str, Any], fault: str, tmp_path: Path) ->
 @pytest.mark.parametrize("text", [b"1,5 ", b"nan ", b"inf ", b"JANE"])
 def test_a_slope_that_is_no_number(text: bytes, tmp_path: Path) -> None:
     path = write_series(tmp_path, ARRAY, slope=7777)[0]
-    path.write_bytes(path.read_bytes().replace(b"7777", text))
+    path.write_bytes(path.read_bytes().replace(b"DS\x06\x007777.0", b"DS\x06\x00" + text.ljust(6)))
     image = seen(path)
     assert isinstance(image, Image)
     assert image.fault == "has a rescale slope or intercept that is no number"

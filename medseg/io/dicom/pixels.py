@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import UnreadableFile
-from medseg.io.archive import Instance, Reader, damaged
-from medseg.io.frames import NATIVE, Encoding, Frame, data_of, silent
+from medseg.io.dicom.archive import Instance, Reader, damaged
+from medseg.io.dicom.frames import NATIVE, Encoding, Frame, data_of, silent
 
 _RLE = "1.2.840.10008.1.2.5"
 _DECODERS = {

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from medseg.errors import IncompleteSeries, InputError, UnreadableFile
 from medseg.geometry import Geometry
-from medseg.io import pixels, stack
-from medseg.io.archive import Instance, Reader, instances
-from medseg.io.frames import UNREADABLE, Frame, Image, headers_of, image_of
-from medseg.io.parts import Part, parts_of, planes_of
+from medseg.io.dicom import pixels, stack
+from medseg.io.dicom.archive import Instance, Reader, instances
+from medseg.io.dicom.frames import UNREADABLE, Frame, Image, headers_of, image_of
+from medseg.io.dicom.parts import Part, parts_of, planes_of
 from medseg.volume import Volume
 
 __all__ = [
@@ -276,7 +276,7 @@ def reading_bytes(series: Series) -> int:
     item = np.dtype(series.kind).itemsize
     read = len(series.frames) * pixels_a_slice * item
     interpolated = series.geometry.shape[2] * pixels_a_slice * item if series.positions_mm else 0
-    files = max(frame.encoding.file_bytes * (4 if frame.encoding.deflated else 1) for frame in series.frames)
+    files = max(frame.encoding.file_bytes * (5 if frame.encoding.deflated else 1) for frame in series.frames)
     return read + interpolated + 4 * 8 * pixels_a_slice + files
 
 

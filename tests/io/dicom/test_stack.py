@@ -1,4 +1,4 @@
-"""medseg.io.stack: slices become a volume, or a reason in millimetres why they do not."""
+"""medseg.io.dicom.stack: slices become a volume, or a reason in millimetres why they do not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medseg.io import stack
-from medseg.io.stack import Plane
+from medseg.io.dicom import stack
+from medseg.io.dicom.stack import Plane
 
 
 def planes(*offsets: float, tilt: float = 0.0) -> list[Plane]:

@@ -1,4 +1,4 @@
-"""medseg.io.pixels: what is stored, and what it stands for."""
+"""medseg.io.dicom.pixels: what is stored, and what it stands for."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from pydicom.uid import (
 )
 
 from medseg.errors import UnreadableFile
-from medseg.io import dicom, pixels
-from medseg.io.archive import Instance, Reader
-from medseg.io.frames import Frame, Image, image_of
+from medseg.io import dicom
+from medseg.io.dicom import pixels
+from medseg.io.dicom.archive import Instance, Reader
+from medseg.io.dicom.frames import Frame, Image, image_of
 
 STORED = (np.arange(36 * 34 * 2).reshape(36, 34, 2) % 4001 - 2000).astype(np.int16)
 
@@ -106,7 +107,7 @@ def test_floats(tmp_path: Path) -> None:
 
 def plain(**changes: Any) -> Frame:
     """A frame of 12 unsigned bits in 16 without rescaling, and changed."""
-    from medseg.io.frames import Encoding
+    from medseg.io.dicom.frames import Encoding
 
     bits = {name: changes.pop(name) for name in ("stored", "signed", "keyword") if name in changes}
     encoding = Encoding(

@@ -1,4 +1,4 @@
-"""medseg.io.archive: folders and zips read in place; what leads out of a zip, or out of memory, refused."""
+"""medseg.io.dicom.archive: folders and zips read in place; what leads out of a zip, or out of memory, refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from medseg.errors import InputError, UnreadableFile
-from medseg.io import archive
-from medseg.io.archive import Instance, Reader, instances
+from medseg.io.dicom import archive
+from medseg.io.dicom.archive import Instance, Reader, instances
 
 
 def zipped(path: Path, *names: str, content: bytes = b"content", method: int = zipfile.ZIP_DEFLATED) -> Path:

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.errors import UnreadableFile
-from medseg.io.archive import Instance, Reader, damaged
-from medseg.io.stack import Plane
+from medseg.io.dicom.archive import Instance, Reader, damaged
+from medseg.io.dicom.stack import Plane
 
 MAX_IMAGE_BYTES = 2**36
 """Largest image that a header may claim, 64 GiB."""

@@ -1,4 +1,4 @@
-"""medseg.io.parts: volumes of one series told apart by what their headers say."""
+"""medseg.io.dicom.parts: volumes of one series told apart by what their headers say."""
 
 from __future__ import annotations
 
