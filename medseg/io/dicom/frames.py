@@ -112,7 +112,6 @@ _OF_FRAMES = frozenset(
     (_POSITION, _ORIENTATION, _SPACING, _THICKNESS, _BETWEEN, _INTERCEPT, _SLOPE, _RESCALE_TYPE, *ATTRIBUTES.values())
 )
 _Elements = Mapping[int, Any]
-_silence = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -224,15 +223,44 @@ class Image:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without pydicom's warnings and log, which quote what a file says; in one thread at a time."""
-    log = logging.getLogger("pydicom")
-    with _silence, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        heard, log.propagate = log.propagate, False
-        try:
-            yield
-        finally:
-            log.propagate = heard
+    """Without warnings, and the log of pydicom and highdicom, which quote what a file says.
+
+    Threads share the silence: it begins with the first of them that asks for it, and ends with the last.
+    """
+    _silence.begin()
+    try:
+        yield
+    finally:
+        _silence.end()
+
+
+class _Silence:
+    """Warning filters and loggers are of the whole process: no thread may restore them while another needs them."""
+
+    def __init__(self) -> None:
+        self._lock, self._askers, self._undo = threading.Lock(), 0, contextlib.ExitStack()
+
+    def begin(self) -> None:
+        with self._lock:
+            self._askers += 1
+            if self._askers > 1:
+                return
+            self._undo.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            for log in map(logging.getLogger, ("pydicom", "highdicom")):
+                self._undo.callback(setattr, log, "propagate", log.propagate)
+                log.propagate = False
+                log.addHandler(_NOWHERE)  # a logger without any would be heard on standard error
+
+    def end(self) -> None:
+        with self._lock:
+            self._askers -= 1
+            if not self._askers:
+                self._undo.close()
+
+
+_NOWHERE = logging.NullHandler()
+_silence = _Silence()
 
 
 @contextlib.contextmanager

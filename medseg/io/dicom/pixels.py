@@ -91,19 +91,39 @@ def read(reader: Reader, frames: Mapping[int, Frame]) -> Iterator[tuple[int, NDA
     for key, frame in sorted(frames.items(), key=lambda item: item[1].number):
         keys.setdefault(frame.number, []).append(key)
     instance, encoding = first.instance, first.encoding
-    if missing := undecodable(encoding.syntax):
-        found, _, remedy = missing.partition("; ")
-        raise UnreadableFile(instance.path, found, remedy=remedy)
-    decode = _native if encoding.syntax in NATIVE else _compressed
     try:
         with data_of(reader, instance, whole=True) as (stream, _):
-            for number, plane in decode(stream, instance, encoding, list(keys)):
+            for number, plane in planes(stream, instance, encoding, list(keys)):
                 yield from ((key, plane) for key in keys.pop(number))
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
         raise damaged(instance) from None
     if keys:
         found = f"holds {encoding.frames - len(keys)} of {encoding.frames} frames"
         raise UnreadableFile(instance.path, found, "a whole file", _DAMAGED)
+
+
+def planes(
+    stream: BinaryIO, instance: Instance, encoding: Encoding, numbers: Sequence[int]
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The stored pixels of some frames, decoded one at a time.
+
+    Args:
+        stream: in which the pixels begin at ``encoding.start``.
+        instance: the file that they are of.
+        encoding: how they are stored.
+        numbers: of the frames, from 0, in ascending order.
+
+    Returns:
+        Number and array (rows, columns) of each frame that there is.
+
+    Raises:
+        UnreadableFile: a frame is damaged, or no decoder of its compression is installed.
+    """
+    if missing := undecodable(encoding.syntax):
+        found, _, remedy = missing.partition("; ")
+        raise UnreadableFile(instance.path, found, remedy=remedy)
+    decode = _native if encoding.syntax in NATIVE else _compressed
+    yield from decode(stream, instance, encoding, numbers)
 
 
 def values(stored: NDArray[Any], frame: Frame, kind: np.dtype[Any], turned: bool) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,25 @@ def test_nothing_that_pydicom_says_is_heard(caplog: pytest.LogCaptureFixture) ->
         logging.getLogger("pydicom.pixels").warning("JANE DOE")
     assert not caplog.records
     logging.getLogger("pydicom").warning("heard again")
+    assert len(caplog.records) == 1
+
+
+def test_threads_share_the_silence(caplog: pytest.LogCaptureFixture) -> None:
+    """One that begins first and ends first leaves the other in silence; the second does not wait for the first."""
+    first, second = silent(), silent()
+    filters = list(warnings.filters)
+    first.__enter__()
+    thread = threading.Thread(target=second.__enter__)
+    thread.start()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    first.__exit__(None, None, None)
+    warnings.warn("JANE DOE", stacklevel=1)
+    logging.getLogger("highdicom.seg").warning("JANE DOE")
+    second.__exit__(None, None, None)
+    assert not caplog.records
+    assert warnings.filters == filters
+    logging.getLogger("highdicom.seg").warning("heard again")
     assert len(caplog.records) == 1
 
 
