@@ -7,13 +7,18 @@ follows PS3.3 C.8.20; highdicom turns DICOM's LPS to RAS+.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
 import re
+import struct
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +29,7 @@ import medseg
 from medseg.errors import IncompleteSeries, InputError, MedsegError, UnreadableFile
 from medseg.geometry import Geometry
 from medseg.io import dicom
-from medseg.io.dicom import archive, stack
+from medseg.io.dicom import archive, pixels, stack
 from medseg.io.dicom import frames as files
 from medseg.records import replacing
 from medseg.terminology import Code, Coding, Colour
@@ -70,14 +75,18 @@ _SERIES_NUMBER = 900
 _TOLERANCE = 0.1
 """Of a voxel, within which one lies on another: positions are rounded, and slices a little uneven (``stack.DRIFT``)."""
 _SOP_CLASS_UID = 0x00080016
+_BIG_ENDIAN, _RLE = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.5"
 _MOST_LABELS = 254  # see Labels
 _MOST_VOXELS = 2**32
 _MOST_COMPRESSION = 10_000
 """Times; a frame of one colour is a thousandth in JPEG-LS."""
 _MOST_RUN = 64
 """Times that run lengths expand: two bytes stand for 128 at the most (PS3.5, G.3.1)."""
+_MOST_MM = 1e7
+"""Beyond any number of millimetres."""
 _MOST_GAP = 4096
 """Slices that a segmentation may span beyond the frames that it has."""
+
 
 Result = TypeVar("Result")
 
@@ -123,9 +132,8 @@ def write(
         raise InputError(path, "the mask has no labels", "names of its integers", "read it with labels")
     segments = _segments(labels, path, dataset, allow_uncoded)
     with _quiet():
-        images = _guarded(lambda: _images_of(series), series.name)
-        frames = _frames(mask, labels, series)
-        built = _guarded(lambda: _built(frames, images, segments, kind, _Maker(model, version)), series.name)
+        frames, images = _frames(mask, labels, series), _images_of(series)
+        built = _built(frames, images, segments, kind, _Maker(model, version), series.name)
         with replacing(path) as temporary:
             built.save_as(temporary)
 
@@ -147,7 +155,12 @@ def read_mask(path: Path) -> Mask:
         InputError: it is no DICOM SEG, one of probabilities, one of overlapping segments, or there is none or several.
     """
     with _quiet():
-        return _guarded(lambda: _read(path), path, UnreadableFile)
+        header = _guarded(lambda: _header(_dataset(path)), path)
+        _check(header, path)
+        geometry, slices, assumed = _grid(header, path)
+        labels = _labels(header, path)
+        array = _filled(header, slices, geometry.shape, labels, path)
+    return Mask(array, geometry, labels, (path,), warnings=assumed)
 
 
 def is_segmentation(path: Path) -> bool:
@@ -159,28 +172,34 @@ def is_segmentation(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what pydicom and highdicom have to say away: it quotes the values of patients."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with files.silent():
+    """Without what pydicom and highdicom say, and the text of errors that nobody expected: both quote headers."""
+    with files.silent():
+        try:
             yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        except (MedsegError, MemoryError, OSError):
+            raise
+        except Exception as bug:  # noqa: BLE001 - its kind and its place are told
+            bug.args = ()
+            raise (RuntimeError(type(bug).__name__).with_traceback(bug.__traceback__) if str(bug) else bug) from None
 
 
-def _guarded(work: Callable[[], Result], where: object, error: type[MedsegError] = InputError) -> Result:
-    """What ``work`` gives; whatever a library raises is told by its kind alone, for its text quotes values."""
+def _bad_data() -> tuple[type[Exception], ...]:
+    """What pydicom raises, and what conversions of its values raise, where a file is damaged."""
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
+    return (
+        *(AttributeError, LookupError, ValueError, TypeError, OverflowError, NotImplementedError, RecursionError),
+        *(EOFError, OSError, struct.error, zlib.error, zipfile.BadZipFile, BytesLengthException, InvalidDicomError),
+    )
+
+
+def _guarded(read: Callable[[], Result], path: Path) -> Result:
+    """What is read of a file; of a failure the kind alone, for its text quotes values."""
     try:
-        return work()
-    except (MedsegError, MemoryError):
-        raise
-    except Exception as failure:  # noqa: BLE001 - damaged headers make the libraries raise nearly anything
+        return read()
+    except _bad_data() as failure:
         found = f"has headers that cannot be used ({type(failure).__name__})"
-        raise error(where, found, "headers as DICOM has them", "check the file with dciodvfy") from None
+        raise UnreadableFile(path, found, "headers as DICOM has them", "check the file with dciodvfy") from None
 
 
 # Writing
@@ -293,8 +312,10 @@ def _reference(header: Any, series: dicom.Series, frame: files.Frame) -> Any:
 
     reference = Dataset()
     for keyword in _REFERRED:
-        if keyword in header and _is_valid(keyword, header[keyword].value):
-            reference[keyword] = header[keyword]
+        if (element := _element(header, keyword)) is not None:
+            reference[keyword] = element
+    if "SOPClassUID" not in reference:
+        reference.SOPClassUID = header.file_meta.get("MediaStorageSOPClassUID", "")
     reference.SOPInstanceUID, reference.SeriesInstanceUID = frame.uid, series.uid
     reference.StudyInstanceUID = series.study_uid
     reference.FrameOfReferenceUID = series.frame_uid or generate_uid(entropy_srcs=[series.uid])
@@ -342,19 +363,30 @@ def _ds(values: Sequence[float]) -> list[Any]:
 
 def _inherit(header: Any, source: Any, where: str) -> None:
     """Give ``source`` patient and study; what must be there and is not, or is not valid, is left empty."""
-    header.decode()
     empty = []
-    for keyword in _INHERITED:
-        value = header.get(keyword)
-        valid = value is not None and _is_valid(keyword, value)
-        setattr(source, keyword, value if valid else "")
-        if not valid:
+    for keyword in (*_INHERITED, *_INHERITED_IF_THERE):
+        if (element := _element(header, keyword)) is not None:
+            source[keyword] = element
+        elif keyword in _INHERITED:
+            setattr(source, keyword, "")
             empty.append(keyword)
-    for keyword in _INHERITED_IF_THERE:
-        if keyword in header and _is_valid(keyword, header[keyword].value):
-            source[keyword] = header[keyword]
     if empty:
         log.warning("%s: no usable %s in the images; left empty in the DICOM SEG", where, ", ".join(empty))
+
+
+def _element(header: Any, keyword: str) -> Any:
+    """An element, its text decoded; None where it is missing or not valid."""
+    from pydicom.dataset import Dataset
+
+    alone = Dataset()
+    try:
+        for name in ("SpecificCharacterSet", keyword):
+            if name in header:
+                alone[name] = header[name]
+        alone.decode()
+        return alone[keyword] if keyword in alone and _is_valid(keyword, alone[keyword].value) else None
+    except _bad_data():
+        return None
 
 
 def _is_valid(keyword: str, value: Any) -> bool:
@@ -382,7 +414,9 @@ def _frames(mask: Mask, labels: Labels, series: dicom.Series) -> NDArray[np.uint
     return np.ascontiguousarray(indices.transpose(2, 1, 0))
 
 
-def _built(frames: NDArray[np.uint8], images: _Images, segments: list[_Segment], kind: Kind, maker: _Maker) -> Any:
+def _built(
+    frames: NDArray[np.uint8], images: _Images, segments: list[_Segment], kind: Kind, maker: _Maker, where: str
+) -> Any:
     import highdicom
     from highdicom.coding_schemes import CodingSchemeIdentificationItem
     from pydicom.sr.codedict import codes
@@ -395,7 +429,8 @@ def _built(frames: NDArray[np.uint8], images: _Images, segments: list[_Segment],
     algorithm = highdicom.AlgorithmIdentificationSequence(model, codes.DCM.ArtificialIntelligence, version)
     private = any(segment.coding.type.scheme == PRIVATE_SCHEME for segment in segments)
     schemes = [CodingSchemeIdentificationItem(PRIVATE_SCHEME, name="medseg: labels without a code")]
-    return highdicom.seg.Segmentation(
+    make = functools.partial(
+        highdicom.seg.Segmentation,
         source_images=sources,
         further_source_images=images.further,
         pixel_array=frames,
@@ -417,6 +452,11 @@ def _built(frames: NDArray[np.uint8], images: _Images, segments: list[_Segment],
         transfer_syntax_uid=ExplicitVRLittleEndian if kind == "BINARY" else RLELossless,
         specific_character_set="ISO_IR 192",
     )
+    try:
+        return make()
+    except (LookupError, ValueError) as failure:  # as KeyError for images of a SOP class that highdicom knows not
+        found = f"highdicom makes no DICOM SEG of its headers ({type(failure).__name__})"
+        raise InputError(where, found, "images of a standard SOP class", "write another format") from None
 
 
 def _description(number: int, segment: _Segment, algorithm: Any) -> Any:
@@ -456,36 +496,59 @@ class _Frame:
     """Where a frame lies, and which segment it is of: 0 where its values are the numbers of segments."""
 
     segment: int
-    place: list[float]
+    plane: stack.Plane
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A segment by its number: name (empty where it has none), what it stands for, and colour."""
+
+    number: int
+    name: str
+    kind: Code | None
+    coding: Coding | None
+    colour: Colour | None
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What a SEG says, and its pixels as they are stored.
+
+    Attributes:
+        kind: BINARY, LABELMAP, FRACTIONAL or anything else.
+        encoding: of the pixels.
+        content: of the element with the pixels.
+        frames: in their order.
+        between, thickness: Spacing Between Slices and Slice Thickness, mm; 0 where it does not say.
+        background: number that stands for background in a LABELMAP, where it says: PS3.3 2024d, C.8.20.2.3.
+        segments: as it describes them.
+    """
+
+    kind: str
+    encoding: files.Encoding
+    content: bytes
+    frames: list[_Frame]
+    between: float
+    thickness: float
+    background: int | None
+    segments: list[_Described]
 
 
 def _instances(path: Path) -> Iterator[archive.Instance]:
     """The segmentations at a path, by their SOP class."""
-    from pydicom.filereader import read_partial
-
     with archive.Reader() as reader:
         for instance in archive.instances(path, Counter()):
-            with contextlib.suppress(Exception), files.data_of(reader, instance) as (stream, _):
-                header = read_partial(stream, lambda tag, vr, length: tag > _SOP_CLASS_UID)
-                if str(header.get("SOPClassUID")) in SOP_CLASSES.values():
-                    yield instance
+            if _sop_class(reader, instance) in SOP_CLASSES.values():
+                yield instance
 
 
-def _read(path: Path) -> Mask:
-    dataset = _dataset(path)
-    kind = dataset.get("SegmentationType")
-    if kind == "FRACTIONAL":
-        remedy = "make a binary one of it, by a threshold of your choice"
-        raise InputError(path, "holds fractions, not labels", " or ".join(SOP_CLASSES), remedy)
-    if kind not in SOP_CLASSES:
-        raise UnreadableFile(path, "is a DICOM SEG of no known type", " or ".join(SOP_CLASSES))
-    if not dataset.file_meta.TransferSyntaxUID.is_little_endian:
-        raise InputError(path, "is big-endian, a retired transfer syntax", "little-endian", "convert it by dcmconv +te")
-    frames = _frame_table(dataset, path)
-    geometry, slices, assumed = _grid(dataset, frames, path)
-    labels = _labels(dataset, path)
-    array = _filled(dataset, frames, slices, geometry.shape, labels, path)
-    return Mask(array, geometry, labels, (path,), warnings=assumed)
+def _sop_class(reader: archive.Reader, instance: archive.Instance) -> str:
+    """UID of the SOP class; empty where it cannot be read."""
+    from pydicom.filereader import read_partial
+
+    with contextlib.suppress(MedsegError, *_bad_data()), files.data_of(reader, instance) as (stream, _):
+        return str(read_partial(stream, lambda tag, vr, length: tag > _SOP_CLASS_UID).get("SOPClassUID"))
+    return ""
 
 
 def _dataset(path: Path) -> Any:
@@ -495,8 +558,62 @@ def _dataset(path: Path) -> Any:
     if len(found) != 1:
         number = "several DICOM SEG files" if found else "no DICOM SEG"
         raise InputError(path, f"there is {number}", "exactly one", "name the file")
-    with archive.Reader() as reader, files.data_of(reader, found[0]) as (stream, _):
-        return pydicom.dcmread(stream)
+    with archive.Reader() as reader, files.data_of(reader, found[0], whole=True) as (stream, _):
+        dataset = pydicom.dcmread(stream)
+    if not dataset:  # what pydicom makes of an element of unknown length without an end
+        raise UnreadableFile(path, "ends within its pixels", "a whole file", "copy it again from its source")
+    return dataset
+
+
+def _header(dataset: Any) -> _Header:
+    """Everything that is needed of a data set: what pydicom raises where it is damaged, it raises here."""
+    kind = str(dataset.get("SegmentationType"))
+    content = bytes(dataset.PixelData)
+    encoding = _encoding(dataset, len(content))
+    shared, items = dataset.SharedFunctionalGroupsSequence[0], dataset.PerFrameFunctionalGroupsSequence
+    measures = _group("PixelMeasuresSequence", items[0], shared)[0]
+    spacing = _floats(measures.PixelSpacing)
+    frames = []
+    for item in items:
+        segment = 0
+        if kind == "BINARY":
+            segment = int(_group("SegmentIdentificationSequence", item, shared)[0].ReferencedSegmentNumber)
+        place = _floats(_group("PlanePositionSequence", item, shared)[0].ImagePositionPatient)
+        turn = _floats(_group("PlaneOrientationSequence", item, shared)[0].ImageOrientationPatient)
+        frames.append(_Frame(segment, _plane(place, turn, spacing, encoding)))
+    padding = dataset.get("PixelPaddingValue") if kind == "LABELMAP" else None
+    return _Header(
+        kind=kind,
+        encoding=encoding,
+        content=content,
+        frames=frames,
+        between=_distance(measures.get("SpacingBetweenSlices")),
+        thickness=_distance(measures.get("SliceThickness")),
+        background=None if padding is None else int(padding),
+        segments=[_described(segment) for segment in dataset.SegmentSequence],
+    )
+
+
+def _encoding(dataset: Any, size: int) -> files.Encoding:
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    if not (0 < stored <= allocated and allocated in (1, 8, 16)) or int(dataset.SamplesPerPixel) != 1:
+        raise ValueError("bits")
+    return files.Encoding(
+        syntax=str(dataset.file_meta.TransferSyntaxUID),
+        keyword="PixelData",
+        start=0,
+        length=None,
+        file_bytes=size,
+        rows=int(dataset.Rows),
+        columns=int(dataset.Columns),
+        frames=int(dataset.get("NumberOfFrames", 1)),
+        allocated=allocated,
+        stored=stored,
+        high=stored - 1,
+        signed=False,
+        inverted=False,
+        little_endian=True,
+    )
 
 
 def _group(name: str, frame: Any, shared: Any) -> Any:
@@ -504,176 +621,39 @@ def _group(name: str, frame: Any, shared: Any) -> Any:
     return frame[name].value if name in frame else shared[name].value
 
 
-def _frame_table(dataset: Any, path: Path) -> list[_Frame]:
-    """Segment and position of every frame, with the size of the pixel data checked."""
-    rows, columns, count = int(dataset.Rows), int(dataset.Columns), int(dataset.get("NumberOfFrames", 1))
-    items, shared = dataset.PerFrameFunctionalGroupsSequence, dataset.SharedFunctionalGroupsSequence[0]
-    needed = (rows * columns * count * int(dataset.BitsAllocated) + 7) // 8
-    is_rle = dataset.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.5"
-    most = len(dataset.PixelData) * (1 if _is_native(dataset) else _MOST_RUN if is_rle else _MOST_COMPRESSION)
-    if min(rows, columns, count) < 1 or len(items) != count or needed > most:
-        found = f"{count} frames of {columns}x{rows}, {len(items)} described, in {len(dataset.PixelData):,} bytes"
-        raise UnreadableFile(path, found, "as many frames as its header claims", "copy it again from its source")
-    frames = []
-    for item in items:
-        segment = 0
-        if dataset.SegmentationType == "BINARY":
-            segment = int(_group("SegmentIdentificationSequence", item, shared)[0].ReferencedSegmentNumber)
-        frames.append(_Frame(segment, _floats(_group("PlanePositionSequence", item, shared)[0].ImagePositionPatient)))
-    if len({(frame.segment, *np.round(frame.place, 3)) for frame in frames}) != count:
-        raise UnreadableFile(path, "two frames of one segment at one place", "one frame a segment and slice")
-    return frames
-
-
-def _grid(dataset: Any, frames: list[_Frame], path: Path) -> tuple[Geometry, list[int], tuple[str, ...]]:
-    """The grid that the frames span, the slice of each, and what had to be assumed."""
-    from highdicom.spatial import convert_affine_to_convention, create_affine_matrix_from_attributes
-
-    shared, items = dataset.SharedFunctionalGroupsSequence[0], dataset.PerFrameFunctionalGroupsSequence
-    planes = [_floats(_group("PlaneOrientationSequence", item, shared)[0].ImageOrientationPatient) for item in items]
-    measures = _group("PixelMeasuresSequence", items[0], shared)[0]
-    stated = abs(float(measures.get("SpacingBetweenSlices") or 0))
-    places = np.array([frame.place for frame in frames])
-    turned = np.abs(np.array(planes) - planes[0]).max() > stack.PARALLEL
-    slices = [] if turned else _stacked(places, planes[0], stated)
-    if not slices:
-        found = "its frames do not lie on one line at even distances"
-        raise IncompleteSeries(path, found, "", "it belongs to an uneven series: resample both elsewhere")
-    last, first = max(slices), places[slices.index(0)]
-    shape = (int(dataset.Columns), int(dataset.Rows), last + 1)
-    _check_size(shape, len(set(slices)), path)
-    distance = stated or abs(float(measures.get("SliceThickness") or 1))
-    affine = create_affine_matrix_from_attributes(first, planes[0], _floats(measures.PixelSpacing), distance)
-    if last:
-        affine[:3, 2] = (places[slices.index(last)] - first) / last
-    geometry = Geometry(shape, convert_affine_to_convention(affine, "LPS", "RAS"))
-    assumed = [] if stated else [f"the distance of slices is not stated: {geometry.spacing[2]:.4g} mm is assumed"]
-    if geometry.is_sheared:
-        assumed.append("its slices are tilted: read as they lie, on a sheared grid")
-    return geometry, slices, tuple(assumed)
-
-
-def _stacked(places: NDArray[np.float64], plane: list[float], stated: float) -> list[int]:
-    """The slice of each place, along the normal; none where they do not lie on a line at even distances.
-
-    At the distance stated, for frames may have been left out; or without gaps; or with the smallest as the distance.
-    """
-    from highdicom.spatial import get_volume_positions
-
-    normal = np.cross(plane[:3], plane[3:])
-    along = ((places - places[0]) @ normal)[:, None] * normal  # of a tilted stack what it is along the normal
-    for gaps, hint in ((True, stated or None), (False, None), (True, None)):
-        _, slices = get_volume_positions(
-            np.round(along, 3).tolist(),  # what is left of it tells no slices apart
-            plane,
-            rtol=stack.DRIFT,
-            allow_missing_positions=gaps,
-            allow_duplicate_positions=True,
-            spacing_hint=hint,
-            index_convention="RD",
-        )
-        if slices is not None:
-            return [int(n) for n in slices] if _on_line(places, np.array(slices), normal) else []
-    return []
-
-
-def _on_line(places: NDArray[np.float64], slices: NDArray[np.int_], normal: NDArray[np.float64]) -> bool:
-    """Whether the slices lie where the first and the last of them say."""
-    if not (last := int(slices.max())):
-        return bool(np.abs(places - places[0]).max() <= stack.SAME_PLACE_MM)
-    first = places[int(slices.argmin())]
-    step = (places[int(slices.argmax())] - first) / last
-    length = float(np.linalg.norm(step))
-    aside = np.linalg.norm(places - first - slices[:, None] * step, axis=1).max()
-    return bool(aside <= _TOLERANCE * length and step @ normal >= np.cos(np.radians(stack.MAX_TILT)) * length)
-
-
 def _floats(values: Sequence[Any]) -> list[float]:
     return [float(v) for v in values]
 
 
-def _check_size(shape: tuple[int, int, int], count: int, path: Path) -> None:
-    columns, rows, slices = shape
-    if slices > count + _MOST_GAP or columns * rows * slices > _MOST_VOXELS:
-        found = f"its {count} slices span {columns}x{rows}x{slices} voxels"
-        raise UnreadableFile(path, found, f"at most {_MOST_GAP:,} slices without voxels and {_MOST_VOXELS:,} voxels")
+def _plane(place: list[float], turn: list[float], spacing: list[float], encoding: files.Encoding) -> stack.Plane:
+    if (len(place), len(turn), len(spacing)) != (3, 6, 2) or not np.cross(turn[:3], turn[3:]).any():
+        raise ValueError("plane")
+    if not (max(map(abs, (*place, *turn))) < _MOST_MM and all(1 / _MOST_MM < one < _MOST_MM for one in spacing)):
+        raise ValueError("plane")
+    return stack.Plane(tuple(place), tuple(turn), tuple(spacing), encoding.rows, encoding.columns)  # type: ignore[arg-type]
 
 
-def _filled(
-    dataset: Any, frames: list[_Frame], slices: list[int], shape: tuple[int, ...], labels: Labels, path: Path
-) -> NDArray[Any]:
-    """The array (I, J, K), one frame after the other; in memory the slices lie one after the other."""
-    described, background = set(labels.values.values()), _background(dataset) or 0
-    labelled = dataset.SegmentationType == "LABELMAP"
-    array = np.zeros(shape[::-1], dtype=np.min_scalar_type(max(described)))
-    for frame, k, pixels in zip(frames, slices, _planes(dataset), strict=True):
-        marked = pixels != background
-        if array[k][marked].any():
-            raise InputError(path, "its segments overlap", "each voxel in one segment", "export one segment at a time")
-        values = pixels[marked] if labelled else np.full(np.count_nonzero(marked), frame.segment)
-        if unknown := set(np.unique(values).tolist()) - described:
-            found = f"voxels of segments {sorted(unknown)[:10]}, which it does not describe"
-            raise UnreadableFile(path, found, "segments that it describes")
-        array[k][marked] = values
-    return array.transpose(2, 1, 0)
+def _distance(value: Any) -> float:
+    """A distance, mm; 0 where there is none."""
+    distance = abs(float(value or 0))
+    if not distance < _MOST_MM:
+        raise ValueError("distance")
+    return distance
 
 
-def _planes(dataset: Any) -> Iterator[NDArray[Any]]:
-    """The frames, each (rows, columns)."""
-    from pydicom.pixels.utils import iter_pixels
-
-    if int(dataset.BitsAllocated) > 1 or not _is_native(dataset):
-        yield from iter_pixels(dataset, raw=True)
-        return
-    packed = np.frombuffer(dataset.PixelData, dtype=np.uint8)  # a frame may begin within a byte: PS3.5, 8.1.1
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    for start in range(0, rows * columns * int(dataset.get("NumberOfFrames", 1)), rows * columns):
-        first, stop = start // 8, -(-(start + rows * columns) // 8)
-        bits = np.unpackbits(packed[first:stop], bitorder="little")[start - 8 * first :]
-        yield bits[: rows * columns].reshape(rows, columns)
-
-
-def _is_native(dataset: Any) -> bool:
-    """Whether its pixels are not compressed (deflation is of the whole data set)."""
-    syntax = dataset.file_meta.TransferSyntaxUID
-    return bool(not syntax.is_encapsulated)
-
-
-def _background(dataset: Any) -> int | None:
-    """The number that stands for background in a LABELMAP, where it says: PS3.3 2024d, C.8.20.2.3."""
-    padding = dataset.get("PixelPaddingValue") if dataset.SegmentationType == "LABELMAP" else None
-    return None if padding is None else int(padding)
-
-
-def _labels(dataset: Any, path: Path) -> Labels:
+def _described(segment: Any) -> _Described:
     from highdicom.color import CIELabColor
 
-    values: dict[str, int] = {}
-    codings: dict[str, Coding] = {}
-    colours: dict[str, Colour] = {}
-    for segment in dataset.SegmentSequence:
-        number = int(segment.SegmentNumber)
-        kind = _code(segment, "SegmentedPropertyType")
-        if number == _background(dataset) or (number == 0 and kind and kind.value == _BACKGROUND):
-            continue
-        if number == 0:
-            raise InputError(path, "segment 0 is no background", "labels other than 0", "give it another number")
-        name = _unused(_text(str(segment.get("SegmentLabel") or "")) or f"segment {number}", values)
-        values[name] = number
-        if (coding := _coding(segment)) is not None:
-            codings[name] = coding
-        if colour := segment.get("RecommendedDisplayCIELabValue"):
-            red, green, blue = CIELabColor.from_dicom_value([int(v) for v in colour]).to_rgb(clip=True)
-            colours[name] = (int(red), int(green), int(blue))
-    if not 0 < len(values) == len(set(values.values())) <= _MOST_LABELS:
-        found = f"{len(values)} segments with {len(set(values.values()))} numbers"
-        raise InputError(path, found, f"1 to {_MOST_LABELS} segments, each with a number of its own")
-    return Labels(values=values, codings=codings, colours=colours)
-
-
-def _unused(name: str, taken: Mapping[str, int]) -> str:
-    numbers = (f"{name} {n}" for n in itertools.count(2))
-    return name if name not in taken else next(other for other in numbers if other not in taken)
+    parts = None
+    if colour := segment.get("RecommendedDisplayCIELabValue"):
+        parts = CIELabColor.from_dicom_value([int(v) for v in colour]).to_rgb(clip=True)
+    return _Described(
+        number=int(segment.SegmentNumber),
+        name=_text(str(segment.get("SegmentLabel") or "")),
+        kind=_code(segment, "SegmentedPropertyType"),
+        coding=_coding(segment),
+        colour=None if parts is None else (int(parts[0]), int(parts[1]), int(parts[2])),
+    )
 
 
 def _coding(segment: Any) -> Coding | None:
@@ -701,4 +681,147 @@ def _code(item: Any, name: str) -> Code | None:
     return Code(value=str(value), meaning=str(meaning), scheme=str(scheme)) if value and scheme and meaning else None
 
 
-# Grids
+def _check(header: _Header, path: Path) -> None:
+    """Refuse what is not read, and what claims more pixels than it can hold."""
+    encoding, content, described = header.encoding, header.content, len(header.frames)
+    if header.kind == "FRACTIONAL":
+        remedy = "make a binary one of it, by a threshold of your choice"
+        raise InputError(path, "holds fractions, not labels", " or ".join(SOP_CLASSES), remedy)
+    if header.kind not in SOP_CLASSES:
+        raise UnreadableFile(path, "is a DICOM SEG of no known type", " or ".join(SOP_CLASSES))
+    if encoding.syntax == _BIG_ENDIAN:
+        raise InputError(path, "is big-endian, a retired transfer syntax", "little-endian", "convert it by dcmconv +te")
+    rows, columns, count = encoding.rows, encoding.columns, encoding.frames
+    needed = (rows * columns * count * encoding.allocated + 7) // 8
+    expansion = 1 if encoding.syntax in files.NATIVE else _MOST_RUN if encoding.syntax == _RLE else _MOST_COMPRESSION
+    if min(rows, columns, count) < 1 or described != count or needed > len(content) * expansion:
+        found = f"{count} frames of {columns}x{rows}, {described} described, in {len(content):,} bytes"
+        raise UnreadableFile(path, found, "as many frames as its header claims", "copy it again from its source")
+    if len({(frame.segment, *np.round(frame.plane.position, 3)) for frame in header.frames}) != count:
+        raise UnreadableFile(path, "two frames of one segment at one place", "one frame a segment and slice")
+
+
+def _grid(header: _Header, path: Path) -> tuple[Geometry, list[int], tuple[str, ...]]:
+    """The grid that the frames span, the slice of each, and what had to be assumed."""
+    from highdicom.spatial import convert_affine_to_convention, create_affine_matrix_from_attributes
+
+    plane = header.frames[0].plane
+    places = np.array([frame.plane.position for frame in header.frames])
+    turns = np.array([frame.plane.orientation for frame in header.frames])
+    turned = np.abs(turns - turns[0]).max() > stack.PARALLEL
+    slices = [] if turned else _stacked(places, plane, header.between)
+    if not slices:
+        found = "its frames do not lie on one line at even distances"
+        raise IncompleteSeries(path, found, "", "it belongs to an uneven series: resample both elsewhere")
+    last, first = max(slices), places[slices.index(0)]
+    shape = (plane.columns, plane.rows, last + 1)
+    _check_size(shape, len(set(slices)), path)
+    distance = header.between or header.thickness or 1.0
+    affine = create_affine_matrix_from_attributes(first, plane.orientation, plane.spacing, distance)
+    if last:
+        affine[:3, 2] = (places[slices.index(last)] - first) / last
+    geometry = Geometry(shape, convert_affine_to_convention(affine, "LPS", "RAS"))
+    assumed = []
+    if not header.between:
+        assumed.append(f"the distance of slices is not stated: {geometry.spacing[2]:.4g} mm is assumed")
+    if geometry.is_sheared:
+        assumed.append("its slices are tilted: read as they lie, on a sheared grid")
+    return geometry, slices, tuple(assumed)
+
+
+def _stacked(places: NDArray[np.float64], plane: stack.Plane, stated: float) -> list[int]:
+    """The slice of each place, along the normal; none where they do not lie on a line at even distances.
+
+    At the distance stated, for frames may have been left out; or without gaps; or with the smallest as the distance.
+    """
+    from highdicom.spatial import get_volume_positions
+
+    normal = plane.normal
+    along = ((places - places[0]) @ normal)[:, None] * normal  # of a tilted stack what it is along the normal
+    for gaps, hint in ((True, stated or None), (False, None), (True, None)):
+        _, slices = get_volume_positions(
+            np.round(along, 3).tolist(),  # what is left of it tells no slices apart
+            plane.orientation,
+            rtol=stack.DRIFT,
+            allow_missing_positions=gaps,
+            allow_duplicate_positions=True,
+            spacing_hint=hint,
+            index_convention="RD",
+        )
+        if slices is not None:
+            return [int(n) for n in slices] if _on_line(places, np.array(slices), normal) else []
+    return []
+
+
+def _on_line(places: NDArray[np.float64], slices: NDArray[np.int_], normal: NDArray[np.float64]) -> bool:
+    """Whether the slices lie where the first and the last of them say."""
+    if not (last := int(slices.max())):
+        return bool(np.abs(places - places[0]).max() <= stack.SAME_PLACE_MM)
+    first = places[int(slices.argmin())]
+    step = (places[int(slices.argmax())] - first) / last
+    length = float(np.linalg.norm(step))
+    aside = np.linalg.norm(places - first - slices[:, None] * step, axis=1).max()
+    return bool(aside <= _TOLERANCE * length and step @ normal >= np.cos(np.radians(stack.MAX_TILT)) * length)
+
+
+def _check_size(shape: tuple[int, int, int], count: int, path: Path) -> None:
+    columns, rows, slices = shape
+    if slices > count + _MOST_GAP or columns * rows * slices > _MOST_VOXELS:
+        found = f"its {count} slices span {columns}x{rows}x{slices} voxels"
+        raise UnreadableFile(path, found, f"at most {_MOST_GAP:,} slices without voxels and {_MOST_VOXELS:,} voxels")
+
+
+def _filled(header: _Header, slices: list[int], shape: tuple[int, ...], labels: Labels, path: Path) -> NDArray[Any]:
+    """The array (I, J, K), one frame after the other; in memory the slices lie one after the other."""
+    described, background = set(labels.values.values()), header.background or 0
+    array = np.zeros(shape[::-1], dtype=np.min_scalar_type(max(described)))
+    for frame, k, plane in zip(header.frames, slices, _planes(header, path), strict=True):
+        marked = plane != background
+        if array[k][marked].any():
+            raise InputError(path, "its segments overlap", "each voxel in one segment", "export one segment at a time")
+        values = plane[marked] if header.kind == "LABELMAP" else np.full(np.count_nonzero(marked), frame.segment)
+        if unknown := set(np.unique(values).tolist()) - described:
+            found = f"voxels of segments {sorted(unknown)[:10]}, which it does not describe"
+            raise UnreadableFile(path, found, "segments that it describes")
+        array[k][marked] = values
+    return array.transpose(2, 1, 0)
+
+
+def _planes(header: _Header, path: Path) -> Iterator[NDArray[Any]]:
+    """The frames, each (rows, columns)."""
+    encoding = header.encoding
+    if encoding.allocated > 1 or encoding.syntax not in files.NATIVE:
+        numbers = range(encoding.frames)
+        for _, plane in pixels.planes(BytesIO(header.content), archive.Instance(path), encoding, numbers):
+            yield plane
+        return
+    packed = np.frombuffer(header.content, dtype=np.uint8)  # a frame may begin within a byte: PS3.5, 8.1.1
+    size = encoding.rows * encoding.columns
+    for start in range(0, size * encoding.frames, size):
+        first, stop = start // 8, -(-(start + size) // 8)
+        bits = np.unpackbits(packed[first:stop], bitorder="little")[start - 8 * first :]
+        yield bits[:size].reshape(encoding.rows, encoding.columns)
+
+
+def _labels(header: _Header, path: Path) -> Labels:
+    """Names, codes and colours of the segments but the background."""
+    named: dict[str, _Described] = {}
+    for segment in header.segments:
+        is_background = segment.number == 0 and segment.kind is not None and segment.kind.value == _BACKGROUND
+        if segment.number == header.background or is_background:
+            continue
+        if segment.number == 0:
+            raise InputError(path, "segment 0 is no background", "labels other than 0", "give it another number")
+        named[_unused(segment.name or f"segment {segment.number}", named)] = segment
+    values = {name: segment.number for name, segment in named.items()}
+    if not 0 < len(values) == len(set(values.values())) <= _MOST_LABELS:
+        found = f"{len(values)} segments with {len(set(values.values()))} numbers"
+        raise InputError(path, found, f"1 to {_MOST_LABELS} segments, each with a number of its own")
+    codings = {name: segment.coding for name, segment in named.items() if segment.coding}
+    colours = {name: segment.colour for name, segment in named.items() if segment.colour}
+    return Labels(values=values, codings=codings, colours=colours)
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    numbers = (f"{name} {n}" for n in itertools.count(2))
+    return name if name not in taken else next(other for other in numbers if other not in taken)

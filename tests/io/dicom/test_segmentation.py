@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import subprocess
+import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import Any
 
 import dicoms
 import highdicom
+import imagecodecs
 import numpy as np
 import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from medseg.errors import GeometryMismatch, IncompleteSeries, InputError, UnreadableFile
 from medseg.geometry import Geometry
@@ -398,6 +402,44 @@ def test_what_is_missing_in_the_images_is_left_empty(tmp_path: Path, caplog: pyt
     assert close(points_by_hand(tmp_path / "out" / "seg.dcm"), points_of(a_mask(series)))
 
 
+def test_images_of_no_standard_class_are_refused_and_of_none_named_by_their_file(tmp_path: Path) -> None:
+    def unnamed(dataset: Any, k: int) -> None:
+        del dataset.SOPClassUID
+
+    def private(dataset: Any, k: int) -> None:
+        dataset.SOPClassUID = "1.3.12.2.1107.5.9.1"
+
+    segmentation.write(a_mask(a_series(tmp_path / "in", change=unnamed)), tmp_path / "seg.dcm")
+    referred = pydicom.dcmread(tmp_path / "seg.dcm").ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert {item.ReferencedSOPClassUID for item in referred} == {pydicom.uid.CTImageStorage}
+    with pytest.raises(InputError, match=r"series_[0-9a-f]+: highdicom makes no DICOM SEG .*KeyError"):
+        segmentation.write(a_mask(a_series(tmp_path / "other", change=private)), tmp_path / "other.dcm")
+    assert not (tmp_path / "other.dcm").exists()
+
+
+@pytest.mark.parametrize("kind", [NameError, TypeError, ValueError, KeyError, UnicodeDecodeError])
+@pytest.mark.parametrize("where", ["_frames", "_images_of", "_description", "_check", "_grid", "_labels", "_filled"])
+def test_a_bug_comes_out_as_such_and_quotes_nothing(
+    where: str, kind: type[Exception], axial: dicom.Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        arguments = (MARKER, b"x", 0, 1, MARKER) if kind is UnicodeDecodeError else (MARKER,)
+        raise kind(*arguments) from RuntimeError(MARKER)
+
+    def both() -> None:
+        segmentation.write(a_mask(axial), tmp_path / "other.dcm")
+        segmentation.read_mask(tmp_path / "seg.dcm")
+
+    segmentation.write(a_mask(axial), tmp_path / "seg.dcm")
+    monkeypatch.setattr(segmentation, where, broken)
+    with pytest.raises(RuntimeError if kind is UnicodeDecodeError else kind) as failure:
+        both()
+    told = "".join(traceback.format_exception(failure.value))
+    assert MARKER not in told
+    assert kind.__name__ in told
+    assert "in broken" in told  # the place, for whoever mends it
+
+
 @pytest.mark.parametrize(("characters", "name"), [("ISO_IR 100", "Müller^Jörg"), ("ISO_IR 13", "ﾔﾏﾀﾞ^ﾀﾛｳ"), ("", "X^Y")])
 def test_names_of_any_script_are_kept(characters: str, name: str, tmp_path: Path) -> None:
     def change(dataset: Any, k: int) -> None:
@@ -529,6 +571,75 @@ def test_a_single_frame_may_have_all_groups_in_common(axial: dicom.Series, tmp_p
     assert mask.array.shape == (6, 5, 1)
     assert mask.geometry.spacing == pytest.approx((0.7, 0.9, 2.5))
     assert set(np.unique(mask.array)) == {0, 1}
+
+
+def encoded(dataset: Any, syntax: str, encode: Callable[[NDArray[Any]], bytes]) -> None:
+    planes = dataset.pixel_array.reshape(dataset.NumberOfFrames, dataset.Rows, dataset.Columns)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    dataset.PixelData = encapsulate([encode(np.ascontiguousarray(plane)) for plane in planes])
+    dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+
+
+ENCODERS: dict[str, tuple[str, Callable[[NDArray[Any]], bytes]]] = {
+    "run lengths": (RLELossless, lambda plane: next(generate_frames(run_lengths(plane), number_of_frames=1))),
+    "JPEG-LS": (JPEGLSLossless, lambda plane: bytes(imagecodecs.jpegls_encode(plane))),
+    "JPEG 2000": (JPEG2000Lossless, lambda plane: in_jpeg_2000(plane, bitspersample=8)),
+}
+
+
+def in_jpeg_2000(plane: NDArray[Any], bitspersample: int) -> bytes:
+    return bytes(imagecodecs.jpeg2k_encode(plane, reversible=True, codecformat="j2k", bitspersample=bitspersample))
+
+
+def run_lengths(plane: NDArray[Any]) -> bytes:
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = *plane.shape, 1
+    dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 0
+    dataset.BitsAllocated = dataset.BitsStored = 8 * plane.itemsize
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.compress(RLELossless, plane, encoding_plugin="pydicom", generate_instance_uid=False)
+    return bytes(dataset.PixelData)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_compressed_labels_are_read_or_refused(axial: dicom.Series, name: str, tmp_path: Path) -> None:
+    path = changed(axial, tmp_path / "seg.dcm", lambda dataset: encoded(dataset, *ENCODERS[name]), "LABELMAP")
+    assert close(points_of(segmentation.read_mask(path)), points_of(a_mask(axial)))
+    content = path.read_bytes()
+    start = content.rindex(b"\xe0\x7f\x10\x00OB")
+    for damage in (content[: start + 60], content[:-12] + bytes(12), content[: start + 40] + bytes(20) + content[-40:]):
+        path.write_bytes(damage)
+        with pytest.raises(UnreadableFile) as failure:
+            segmentation.read_mask(path)
+        assert "headers that cannot be used" not in str(failure.value)
+
+
+def test_binary_labels_in_jpeg_2000(axial: dicom.Series, tmp_path: Path) -> None:
+    def change(dataset: Any) -> None:
+        encoded(dataset, JPEG2000Lossless, lambda plane: in_jpeg_2000(plane, bitspersample=1))
+
+    path = changed(axial, tmp_path / "seg.dcm", change)
+    assert close(points_of(segmentation.read_mask(path)), points_of(a_mask(axial)))
+
+
+def test_a_codestream_that_claims_another_size_is_not_decoded(axial: dicom.Series, tmp_path: Path) -> None:
+    path = changed(axial, tmp_path / "seg.dcm", lambda dataset: encoded(dataset, *ENCODERS["JPEG 2000"]), "LABELMAP")
+    content = bytearray(path.read_bytes())
+    width = content.index(b"\xff\x4f\xff\x51") + 8  # SOC, SIZ, its length, capabilities: then Xsiz
+    content[width : width + 4] = (1 << 30).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(UnreadableFile, match="frame 1 cannot be decoded: its JPEG 2000"):
+        segmentation.read_mask(path)
+
+
+def test_a_compression_without_decoder_is_named(axial: dicom.Series, tmp_path: Path) -> None:
+    def change(dataset: Any) -> None:
+        encoded(dataset, *ENCODERS["JPEG-LS"])
+        dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.94"
+
+    with pytest.raises(UnreadableFile, match=r"JPIP Referenced cannot be decoded\. Convert it"):
+        segmentation.read_mask(changed(axial, tmp_path / "seg.dcm", change, "LABELMAP"))
 
 
 def test_names_of_segments_are_made_unique(axial: dicom.Series, tmp_path: Path) -> None:
