@@ -20,6 +20,7 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
+from highdicom._standard_utils import get_iod_module_map, get_module_attribute_map
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -449,6 +450,96 @@ def test_names_of_any_script_are_kept(characters: str, name: str, tmp_path: Path
     segmentation.write(a_mask(a_series(tmp_path, change=change), labels=labels), tmp_path / "s.dcm", allow_uncoded=True)
     assert pydicom.dcmread(tmp_path / "s.dcm").PatientName == name
     assert [segment.SegmentLabel for segment in segments_of(tmp_path / "s.dcm")] == ["Leber ü", "肾", "spleen"]
+
+
+MODULES = [
+    *(module["key"] for module in get_iod_module_map()["segmentation"] if module["usage"] == "M"),
+    *("frame-of-reference", "common-instance-reference"),  # conditional, and their conditions are met
+]
+GROUPS = "segmentation-multi-frame-functional-groups"
+IN_GROUPS = {
+    *("PixelMeasuresSequence", "PlaneOrientationSequence", "PlanePositionSequence", "FrameContentSequence"),
+    *("DerivationImageSequence", "SegmentIdentificationSequence"),
+}
+
+
+def items(dataset: Any, path: list[str]) -> list[Any]:
+    """The items of the last of nested sequences; the data set itself where there are none."""
+    found = [dataset]
+    for keyword in path:
+        found = [item for one in found if keyword in one for item in one[keyword].value]
+    return found
+
+
+def lacking(dataset: Any, module: str) -> set[str]:
+    """Attributes of a module that are not there, or empty where they may not (PS3.5, 7.4)."""
+    return {
+        "/".join([*attribute["path"], attribute["keyword"]])
+        for attribute in get_module_attribute_map()[module]
+        for item in items(dataset, attribute["path"])
+        if not (module == GROUPS and len(attribute["path"]) == 1)  # a functional group is of all frames or of each
+        and not suffices(item, attribute["keyword"], attribute["type"])
+    }
+
+
+def suffices(item: Any, keyword: str, kind: str) -> bool:
+    if keyword not in item:
+        return kind not in ("1", "2")
+    return kind[0] != "1" or not item[keyword].is_empty
+
+
+def strangers(dataset: Any, path: tuple[str, ...] = ()) -> list[str]:
+    """Elements that no module of the IOD has."""
+    found = []
+    known = {
+        attribute["keyword"]
+        for module in get_iod_module_map()["segmentation"]
+        for attribute in get_module_attribute_map()[module["key"]]
+        if tuple(attribute["path"]) == path
+    }
+    for element in dataset:
+        if element.keyword not in known:
+            found.append("/".join([*path, element.keyword or str(element.tag)]))
+        elif element.VR == "SQ":
+            found += [name for item in element.value for name in strangers(item, (*path, element.keyword))]
+    return found
+
+
+@pytest.mark.parametrize("make", [dicoms.write_series, dicoms.write_enhanced])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seg_has_what_the_iod_demands_and_nothing_else(make: Callable[..., Any], kind: Any, tmp_path: Path) -> None:
+    """PS3.3 A.51, by the tables of the standard that highdicom brings along."""
+    labels = Labels(values={"liver": 7, "right kidney": 300, "blob": 400})
+    segmentation.write(
+        a_mask(a_series(tmp_path, make=make), labels=labels), tmp_path / "s.dcm", kind=kind, allow_uncoded=True
+    )
+    seg = pydicom.dcmread(tmp_path / "s.dcm")
+    assert {module: found for module in MODULES if (found := lacking(seg, module))} == {}
+    assert strangers(seg) == []
+    shared = {element.keyword for element in seg.SharedFunctionalGroupsSequence[0]}
+    wanted = IN_GROUPS - ({"SegmentIdentificationSequence"} if kind == "LABELMAP" else set())
+    for frame in seg.PerFrameFunctionalGroupsSequence:
+        own = {element.keyword for element in frame}
+        assert own | shared == wanted
+        assert not own & shared
+    del seg.SegmentSequence[0].SegmentLabel  # that both find something
+    seg.KVP = seg.ContentLabel = ""
+    assert lacking(seg, "segmentation-image") == {"ContentLabel", "SegmentSequence/SegmentLabel"}
+    assert strangers(seg) == ["KVP"]
+
+
+TABLES = Path.home() / "dicom-validator"
+
+
+@pytest.mark.skipif(
+    not (shutil.which("validate_iods") and list(TABLES.glob("*/json/version"))),
+    reason="dicom-validator is not installed, or has not fetched the tables of the standard",
+)
+def test_dicom_validator_finds_no_error(axial: dicom.Series, tmp_path: Path) -> None:
+    segmentation.write(a_mask(axial), tmp_path / "seg.dcm")
+    command = ["validate_iods", "--edition", "local", str(tmp_path / "seg.dcm")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def faults(path: Path) -> list[str]:
