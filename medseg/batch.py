@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import queue
@@ -27,7 +28,7 @@ from medseg.journal import Journal, Prediction, versions
 from medseg.memory import PeakMemory
 from medseg.predict import Predictor, Ready
 from medseg.progress import Progress, silent
-from medseg.records import Record, digest_file, digest_of, replacing
+from medseg.records import Record, digest_file, digest_of, replacing, write_text
 from medseg.sliding_window import is_out_of_memory
 from medseg.volume import Mask, Volume
 
@@ -97,7 +98,8 @@ def predict_cases(
 ) -> list[Prediction]:
     """Segment cases into a folder: the mask of each, named by ``mask_names``, ``cases.csv`` and ``run.json``.
 
-    Beside masks of volumes go tables of their labels for other programs, see ``medseg.io.label_tables``.
+    Beside masks of volumes go tables of their labels for other programs, see ``medseg.io.label_tables``; where there
+    is a file of such a name that is not from here, or was changed, it stays, and a warning is logged.
 
     While a case is on the network, the next is read and prepared and the one before written, where memory allows it.
 
@@ -127,10 +129,11 @@ def predict_cases(
     require_apart(cases, out)
     require_fitting(predictor, cases, outputs)
     out.mkdir(parents=True, exist_ok=True)
-    if not all(io.is_picture(case.images[0]) for case in cases):
-        label_tables.write_labels(predictor.labels, out, predictor.package.manifest.name)
     own = shard.share(cases) if shard else list(cases)
-    return _Batch(predictor, own, out, outputs, shard, overwrite, progress).run()
+    batch = _Batch(predictor, own, out, outputs, shard, overwrite, progress)
+    if not all(io.is_picture(case.images[0]) for case in cases):
+        batch.write_label_tables()
+    return batch.run()
 
 
 @dataclass
@@ -221,6 +224,25 @@ class _Batch:
             writer.dismiss()
             self._write_tables()
         return [self.journal.results[case.id] for case in self.cases]
+
+    def write_label_tables(self) -> None:
+        """Write the tables of labels; in the journal they are the files of a case without a name."""
+        tables = label_tables.tables(self.predictor.labels, self.predictor.package.manifest.name)
+        digests: dict[str, str] = {}
+        for name, text in tables.items():
+            path, digest = self.out / name, hashlib.sha256(text.encode()).hexdigest()
+            if path.is_file() and digest_file(path) == digest:
+                continue
+            if path.exists() and not (self.overwrite or self.journal.wrote("", name)):
+                log.warning("%s: was not written here, or changed since: it stays, and may not fit the masks", path)
+                continue
+            digests[name] = digest
+        if digests:
+            (first, digest), *others = digests.items()
+            written = {"output": first, "output_digest": digest, "mask_digests": dict(others)}
+            self.journal.add(Prediction(case="", status="done", **written))
+        for name in digests:
+            write_text(self.out / name, tables[name])
 
     def _model_key(self) -> str:
         """What all keys begin with. Where it takes networks in 8 bits, these are made first.

@@ -34,7 +34,7 @@ class Prediction(Record):
     """What became of one case.
 
     Attributes:
-        case: id.
+        case: id; empty for the tables of labels, which are of all cases.
         status: ``done``; ``kept`` from an earlier run with the same input, model and settings; ``failed``.
         output: file name of the mask, empty for a failed case.
         reason: why it failed.

@@ -33,7 +33,7 @@ from medseg.cases import MASK_FORMATS, MaskFormat, Shard, find_cases
 from medseg.dataset import Case
 from medseg.engines import build_engine
 from medseg.errors import InputError
-from medseg.io import nifti
+from medseg.io import label_tables, nifti
 from medseg.journal import Journal, Prediction
 from medseg.package import ModelPackage
 from medseg.pipeline import RunResult
@@ -123,6 +123,37 @@ def touch(folder: Path, *files: str) -> Path:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).touch()
     return folder
+
+
+def test_tables_of_labels_replace_no_file_of_the_user(
+    predictor: Predictor,
+    images: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cases, out = find_cases(images)[:1], tmp_path / "out"
+    out.mkdir()
+    (out / "labels.csv").write_text("my own")
+    predict_cases(predictor, cases, out)
+    assert (out / "labels.csv").read_text() == "my own"
+    assert f"{out / 'labels.csv'}: was not written here" in caplog.text
+    assert len([record for record in caplog.records if "not written here" in record.message]) == 1
+    made = (out / "dseg.tsv").read_text()
+    assert made.startswith("index\tname\tcolor\n1\torgan\t")
+    journal = (out / "journal.jsonl").read_text()
+    (out / "labels.txt").write_text("changed")
+    monkeypatch.setattr(label_tables, "_bids", lambda labels: "of another model")
+    predict_cases(predictor, cases, out)
+    assert (out / "dseg.tsv").read_text() == "of another model"  # it was from here
+    assert (out / "labels.txt").read_text() == "changed"
+    assert (out / "journal.jsonl").read_text().startswith(journal)
+    journal = (out / "journal.jsonl").read_text()
+    predict_cases(predictor, cases, out)
+    assert (out / "journal.jsonl").read_text() == journal  # nothing to do
+    predict_cases(predictor, cases, out, overwrite=True)
+    assert (out / "labels.csv").read_text().startswith("LabelValue,")
+    assert "ITK" in (out / "labels.txt").read_text()
 
 
 def test_two_images_of_one_name_are_refused_and_the_others_done(
@@ -259,7 +290,7 @@ import resource, sys
 from pathlib import Path
 import medseg
 from medseg.batch import predict_folder
-from medseg.io import nifti
+from medseg.io import label_tables, nifti
 write, limit = nifti.Probabilities.write, resource.getrlimit(resource.RLIMIT_FSIZE)
 def full(self, index, mask, path):
     if path.parent.name == "b":
@@ -445,15 +476,16 @@ def test_a_kill_around_the_line_in_the_journal_is_recovered_from(
     out, add = tmp_path / "out", Journal.add
 
     def killed(journal: Journal, record: Prediction) -> None:
-        if moment == "after the line":
+        if moment == "after the line" or not record.case:  # the tables of labels
             add(journal, record)
-        raise KeyboardInterrupt
+        if record.case:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "add", killed)
     with pytest.raises(KeyboardInterrupt):
         predict_cases(predictor, find_cases(images), out)
     monkeypatch.undo()
-    assert names_in(out) | {"journal.jsonl"} == {*BESIDE}
+    assert names_in(out) == {*BESIDE}
     assert json.loads((out / "run.json").read_text())["cases"]["open"] == 2
     assert statuses(predict_cases(predictor, find_cases(images), out)) == {"a": "done", "b": "done"}
 
@@ -943,7 +975,7 @@ def test_all_formats_of_a_case_appear_or_none(
     outputs = Outputs(formats=("nii.gz", format_, "mha"))
     (result,) = predict_folder(coded(package), scan_of(tmp_path / "scan"), tmp_path / "out", outputs=outputs)
     assert (result.status, result.output) == ("failed", "")
-    assert names_in(tmp_path / "out") == {*BESIDE} - {"journal.jsonl"}
+    assert names_in(tmp_path / "out") == {*BESIDE}
 
 
 def test_what_cannot_become_a_dicom_segmentation_is_refused_before_anything_starts(

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medseg.errors import DatasetError, InputError, UnreadableFile
-from medseg.records import read_json, write_text
+from medseg.records import read_json
 from medseg.terminology import Coding, Colour
 from medseg.volume import Labels
 
 SLICER, ITK_SNAP, BIDS = "labels.csv", "labels.txt", "dseg.tsv"
-"""The files that ``write_labels`` writes."""
+"""Names of the files that ``tables`` makes."""
 
 _MAX_BYTES = 1 << 22
 _PARTS = ("Category", "Type", "TypeModifier", "Region", "RegionModifier")
@@ -44,8 +44,8 @@ class _Row:
     coding: Coding | None = None
 
 
-def write_labels(labels: Labels, folder: Path, dataset: str = "") -> tuple[Path, ...]:
-    """Write the labels beside masks, as ``labels.csv`` (Slicer), ``labels.txt`` (ITK-SNAP) and ``dseg.tsv`` (BIDS).
+def tables(labels: Labels, dataset: str = "") -> dict[str, str]:
+    """The labels as files to lie beside masks: ``labels.csv`` (Slicer), ``labels.txt`` (ITK-SNAP), ``dseg.tsv`` (BIDS).
 
     Of names, what a format cannot hold is replaced: line ends and tabs by spaces and, but for BIDS, quotation marks by
     apostrophes. Labels without a colour of their own have that of their place, those without codes those of their name
@@ -53,13 +53,12 @@ def write_labels(labels: Labels, folder: Path, dataset: str = "") -> tuple[Path,
 
     Args:
         labels: what the masks hold; ``ignore`` and regions are left out.
-        folder: that the files go into.
         dataset: name of the dataset or model, as for ``terminology.coding_of``.
+
+    Returns:
+        Name of each file and its text (UTF-8).
     """
-    files = {SLICER: _slicer(labels, dataset), ITK_SNAP: _itk_snap(labels), BIDS: _bids(labels)}
-    for name, text in files.items():
-        write_text(folder / name, text)
-    return tuple(folder / name for name in files)
+    return {SLICER: _slicer(labels, dataset), ITK_SNAP: _itk_snap(labels), BIDS: _bids(labels)}
 
 
 def read_labels_file(path: Path) -> Labels:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medseg.errors import DatasetError, InputError, UnreadableFile
-from medseg.io.label_tables import read_labels_file, write_labels
+from medseg.io.label_tables import read_labels_file, tables
 from medseg.terminology import Code, Coding
 from medseg.volume import Labels
 
@@ -23,8 +23,15 @@ LABELS = Labels(
 )
 
 
+def written(labels: Labels, folder: Path, dataset: str = "") -> list[Path]:
+    made = tables(labels, dataset)
+    for name, text in made.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+    return [folder / name for name in made]
+
+
 def test_what_each_program_is_given(tmp_path: Path) -> None:
-    slicer, itk_snap, bids = write_labels(LABELS, tmp_path / "masks")
+    slicer, itk_snap, bids = written(LABELS, tmp_path)
     assert slicer.read_text() == (
         "LabelValue,Name,Color_R,Color_G,Color_B,Color_A,Category_CodingScheme,Category_CodeValue,Category_CodeMeaning,"
         "Type_CodingScheme,Type_CodeValue,Type_CodeMeaning,TypeModifier_CodingScheme,TypeModifier_CodeValue,"
@@ -44,7 +51,7 @@ def test_what_each_program_is_given(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    slicer, itk_snap, bids = map(read_labels_file, write_labels(LABELS, tmp_path))
+    slicer, itk_snap, bids = map(read_labels_file, written(LABELS, tmp_path))
     assert slicer.values == itk_snap.values == bids.values == {"liver": 1, "kidney_left": 7}
     assert (
         slicer.colours == itk_snap.colours == bids.colours == {"liver": (221, 130, 101), "kidney_left": (86, 180, 233)}
@@ -56,8 +63,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_the_dataset_tells_what_its_labels_mean(tmp_path: Path) -> None:
     labels = Labels(values={"Anterior": 1, "label_2": 2})
-    assert set(read_labels_file(write_labels(labels, tmp_path, "Task04_Hippocampus")[0]).codings) == {"Anterior"}
-    assert read_labels_file(write_labels(labels, tmp_path)[0]).codings == {}
+    assert set(read_labels_file(written(labels, tmp_path, "Task04_Hippocampus")[0]).codings) == {"Anterior"}
+    assert read_labels_file(written(labels, tmp_path)[0]).codings == {}
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda n: n.strip())
@@ -66,7 +73,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 @given(st.lists(names, min_size=1, max_size=5, unique_by=lambda n: " ".join(n.replace('"', "'").split())))
 def test_any_name_makes_a_sound_table(tmp_path_factory: pytest.TempPathFactory, given_names: list[str]) -> None:
     labels = Labels(values={name: n for n, name in enumerate(given_names, start=1)})
-    for path in write_labels(labels, tmp_path_factory.mktemp("tables")):
+    for path in written(labels, tmp_path_factory.mktemp("tables")):
         marks = path.suffix == ".tsv"  # which keeps quotation marks
         expected = {" ".join(n.split()) if marks else " ".join(n.replace('"', "'").split()) for n in given_names}
         read = read_labels_file(path)
@@ -153,6 +160,6 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
 
 def test_slicer_gets_what_its_reader_can_take(tmp_path: Path) -> None:
     """VTK's reader of delimited text knows no quotation mark within a value."""
-    path = write_labels(Labels(values={'the "big", one': 1}), tmp_path)[0]
+    path = written(Labels(values={'the "big", one': 1}), tmp_path)[0]
     assert "1,\"the 'big', one\"," in path.read_text()
     assert list(csv.reader(path.read_text().splitlines()))[1][1] == "the 'big', one"
