@@ -82,7 +82,7 @@ def predict_folder(
     Raises:
         InputError, DatasetError: as ``find_cases``.
     """
-    cases = find_cases(*([places] if isinstance(places, Path | str) else places))
+    cases = find_cases(*([places] if isinstance(places, Path | str) else places), progress=progress)
     return predict_cases(predictor, cases, out, outputs=outputs, shard=shard, overwrite=overwrite, progress=progress)
 
 

@@ -9,16 +9,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from medseg import io
 from medseg.dataset import Case, Dataset
 from medseg.errors import IncompleteSeries, InputError
 from medseg.io import dicom
 from medseg.io.dicom import Series
+from medseg.progress import Progress, part, silent
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 MaskFormat = Literal["nii.gz", "dicom-seg", "seg.nrrd", "nrrd", "mha"]
 MASK_FORMATS: tuple[MaskFormat, ...] = get_args(MaskFormat)
 """What masks can be written as."""
@@ -85,7 +87,9 @@ class Shard:
         return sorted(cases, key=lambda case: case.id)[self.index - 1 :: self.count]
 
 
-def find_cases(*places: Path | str, series: Sequence[str] = (), resample_irregular: bool = False) -> list[Case]:
+def find_cases(
+    *places: Path | str, series: Sequence[str] = (), resample_irregular: bool = False, progress: Progress = silent
+) -> list[Case]:
     """The images to segment at one or several places.
 
     Args:
@@ -99,6 +103,7 @@ def find_cases(*places: Path | str, series: Sequence[str] = (), resample_irregul
         series: which DICOM series of a study are meant, one pattern a channel (see ``medseg.io.dicom.select``);
             without any the only usable series of the study.
         resample_irregular: take tilted and uneven series too, to be read on a straight grid.
+        progress: told how many of the headers of DICOM are read.
 
     Returns:
         Cases with different ids, in the order of the places. Those of DICOM are named by a digest of the UID of their
@@ -111,18 +116,18 @@ def find_cases(*places: Path | str, series: Sequence[str] = (), resample_irregul
         IncompleteSeries: no study has a series that can be used.
         DatasetError: the dataset.json cannot be used.
     """
-    wanted = _Wanted(tuple(series), resample_irregular)
+    wanted = _Wanted(tuple(series), resample_irregular, progress)
     # files named one by one, as a shell does with a pattern, are grouped into channels as those of a folder
     files = [Path(place) for place in places if Path(place).is_file() and _is_image(Path(place))]
     cases = _group_channels(files)
-    for place in places:
-        if Path(place) not in files:
-            cases += wanted.cases_at(place)
+    others = [place for place in places if Path(place) not in files]
+    for one, place in wanted.each(others):
+        cases += one.cases_at(place)
     if not cases:
         raise InputError("INPUT", "is not given", "an image, a folder, a pattern, a dataset.json or a CSV file")
-    others = [case.paths[0] for case in cases if not any(isinstance(image, Series) for image in case.images)]
-    if others and series:
-        raise InputError("--series", f"picks series of DICOM, and {others[0]} is none", "folders, zips or files of it")
+    plain = [case.paths[0] for case in cases if not any(isinstance(image, Series) for image in case.images)]
+    if plain and series:
+        raise InputError("--series", f"picks series of DICOM, and {plain[0]} is none", "folders, zips or files of it")
     _require_one_usable(cases)
     return _unique(cases)
 
@@ -230,10 +235,17 @@ class _Wanted:
     Attributes:
         patterns: of series, one a channel; none for the only usable series.
         resample_irregular: whether tilted and uneven series are taken too.
+        progress: told how many of the headers are read.
     """
 
     patterns: tuple[str, ...]
     resample_irregular: bool
+    progress: Progress
+
+    def each(self, places: Sequence[T]) -> Iterator[tuple[_Wanted, T]]:
+        """Go through places, each with a share of the progress."""
+        for n, place in enumerate(places):
+            yield replace(self, progress=part(self.progress, n, len(places))), place
 
     def cases_at(self, place: Path | str) -> list[Case]:
         """The cases at a place that is no image file."""
@@ -242,7 +254,7 @@ class _Wanted:
             return self.matching(str(place))
         listing = path / "dataset.json" if path.is_dir() else path
         if listing.name.endswith(".json") and listing.is_file():
-            return [self.located(case) for case in _listed_cases(listing)]
+            return [one.located(case) for one, case in self.each(_listed_cases(listing))]
         if not path.exists():
             kinds = "an image, a folder of images or DICOM, a zip, a pattern, a dataset.json or a CSV file"
             raise InputError(path, "does not exist", kinds)
@@ -280,8 +292,8 @@ class _Wanted:
             return _matching(images, root)
         places = [path for path in found if not path.name.startswith(".") and io.is_dicom(path)]
         cases = []
-        for place in places:
-            of_place = self.studies(place)
+        for one, place in self.each(places):
+            of_place = one.studies(place)
             if not of_place:
                 log.warning("%s: holds no image, and is passed over", place)
             cases += of_place
@@ -293,12 +305,12 @@ class _Wanted:
         """The cases of a CSV file."""
         rows, columns, patterns = _rows(table)
         cases = []
-        for line, row in rows:
+        for wanted, (line, row) in self.each(rows):
             named = next((text for column in _ID_COLUMNS if (text := _cell(row, column))), "")
             paths = [table.parent / _cell(row, column) for column in columns]
             own = tuple(text for column in patterns if (text := _cell(row, column)))
             if any(io.is_dicom(path) for path in paths):
-                case = replace(self, patterns=own or self.patterns).of_row(paths, f"{table}, row {line}")
+                case = replace(wanted, patterns=own or self.patterns).of_row(paths, f"{table}, row {line}")
             else:
                 case = replace(_group_channels(paths)[0], images=tuple(paths))
             cases.append(replace(case, id=named) if named else case)
@@ -311,10 +323,11 @@ class _Wanted:
         if len(places) != len(patterns):
             raise InputError(where, f"has {len(paths)} images and {len(patterns)} series", "one series an image")
         sources: list[io.Source] = []
-        for place, pattern in zip(places, patterns, strict=True):
+        for one, (place, pattern) in self.each(list(zip(places, patterns, strict=True))):
             try:
                 is_series = io.is_dicom(place)
-                sources.append(io.series(place, pattern, self.resample_irregular) if is_series else place)
+                series = io.series(place, pattern, self.resample_irregular, one.progress) if is_series else place
+                sources.append(series)
             except InputError as failure:
                 return _failing(where, place, failure)
         return Case(io.name_of(sources[0]), tuple(sources), None)
@@ -328,7 +341,7 @@ class _Wanted:
     def studies(self, place: Path) -> list[Case]:
         """A case a study of a folder, zip or file; none where there is no DICOM."""
         try:
-            found = dicom.scan(place)
+            found = dicom.scan(place, self.progress)
             if not found.series and set(found.passed_over) - {"no DICOM"}:
                 dicom.select(found)  # says what there is instead
         except InputError as failure:

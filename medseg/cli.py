@@ -210,12 +210,13 @@ class _ConsoleHandler(logging.Handler):
 
 
 class Show:
-    """Progress: bars with an estimate on a terminal, a plain line now and then elsewhere."""
+    """Progress: bars with an estimate on a terminal, a plain line now and then (of brief work none) elsewhere."""
 
-    def __init__(self, quiet: bool = False, every_s: float = 15.0) -> None:
+    def __init__(self, quiet: bool = False, every_s: float = 15.0, brief_s: float = 0.0) -> None:
         self.console = _console(stderr=True)
         self.quiet = quiet
         self.every_s = every_s
+        self.brief_s = brief_s
         self.work = ""
         self.fraction = 0.0
         self.start = self.shown = self.last = time.monotonic()
@@ -256,10 +257,10 @@ class Show:
         self.bars.update(self.bar, completed=fraction, note=escape(note))
 
     def _line(self, note: str, now: float) -> None:
-        if self.fraction < 1 and now - self.shown < self.every_s:
+        took = now - self.start
+        if took < self.brief_s or (self.fraction < 1 and now - self.shown < self.every_s):
             return
         self.shown = now
-        took = now - self.start
         rest = f"{_duration(took * (1 / self.fraction - 1))} left" if 0 < self.fraction < 1 else _duration(took)
         self.console.print(escape(" ".join(f"{self.work} {self.fraction:.0%} {note} ({rest})".split())))
 
@@ -415,7 +416,8 @@ def scan_dicom(
     """
     from medseg.io import dicom
 
-    found = dicom.scan(place)
+    with Show(quiet, brief_s=1.0) as show:
+        found = dicom.scan(place, show)
     if as_json:
         print(json.dumps(_scan_body(found), indent=2))
     else:
@@ -658,7 +660,8 @@ def predict(
         raise InputError(out, "names a file", "a folder: the masks are named after the images", "leave the name out")
     chosen = {"formats": _words(formats), "seg_type": seg_type, "allow_uncoded": allow_uncoded}
     outputs = Outputs.checked(chosen, "--format")
-    cases = find_cases(*images, series=series, resample_irregular=resample_irregular)
+    with Show(quiet, brief_s=1.0) as show:
+        cases = find_cases(*images, series=series, resample_irregular=resample_irregular, progress=show)
     require_apart(cases, out)
     part = _shard(shard)
     predictor = load(

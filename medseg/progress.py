@@ -20,3 +20,8 @@ def track(items: Sequence[T], work: str, progress: Progress) -> Iterator[T]:
     for done, item in enumerate(items, start=1):
         yield item
         progress(work, done / len(items), "")
+
+
+def part(progress: Progress, number: int, count: int) -> Progress:
+    """What shows the progress of the ``number``-th (from 0) of ``count`` like pieces of work as that of them all."""
+    return lambda work, fraction, note: progress(work, (number + fraction) / count, note)

@@ -456,3 +456,13 @@ def test_an_output_folder_that_holds_images_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path / "in", tmp_path / "out" / ".." / "in", tmp_path / "link"):
         with pytest.raises(InputError, match=r"holds input images, as x\.mha"):
             require_apart([case], place)
+
+
+def test_headers_are_read_with_one_progress_for_all_places(tmp_path: Path) -> None:
+    """Three studies of two slices each: a folder, and two rows of a table, the second of two channels."""
+    for name in "abc":
+        write_series(tmp_path / name, np.zeros((4, 3, 2), dtype=np.int16))
+    (tmp_path / "list.csv").write_text("case,image_0,image_1\none,b,b\ntwo,c,c\n")
+    seen: list[float] = []
+    find_cases(tmp_path / "a", tmp_path / "list.csv", progress=lambda work, fraction, note: seen.append(fraction))
+    assert seen == [n / 16 for n in (4, 8, 9, 10, 11, 12, 13, 14, 15, 16)]

@@ -751,6 +751,22 @@ def test_elsewhere_progress_is_a_plain_line_now_and_then(monkeypatch: pytest.Mon
     ]
 
 
+def test_brief_work_has_no_line_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    clock = iter([0.0, 0.5, 0.9, 2.0, 3.0])
+    monkeypatch.setattr(cli, "_console", lambda *, stderr: cli._console_on(stream))
+    monkeypatch.setattr("medseg.cli.time.monotonic", lambda: next(clock))
+    with cli.Show(brief_s=1.0) as show:
+        for fraction in (0.5, 1.0, 0.5, 1.0):
+            show("reading", fraction, "")
+    assert stream.getvalue() == "reading 100% (0:02)\n"
+
+
+def test_reading_many_headers_shows_a_bar(terminal: Terminal, study: Path) -> None:
+    medseg_("dicom", "scan", study)
+    assert re.search(r"^reading DICOM headers +\S+ +100% ", "\n".join(last_frame(terminal.getvalue())), re.MULTILINE)
+
+
 def test_a_table_loses_nothing_in_a_window_of_80_columns() -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=80)

@@ -19,6 +19,7 @@ from medseg.errors import GeometryMismatch, IncompleteSeries, InputError
 from medseg.geometry import Geometry
 from medseg.io import dicom, itk, nifti, picture, seg_nrrd
 from medseg.io.dicom import Series, segmentation
+from medseg.progress import Progress, silent
 from medseg.volume import Labels, Mask, Volume
 
 Source = Path | Series
@@ -117,7 +118,9 @@ def format_of(path: Path) -> Format:
     raise InputError(path, "has no known image ending", " ".join(SUFFIXES))
 
 
-def series(place: Path | str, pattern: str = "", resample_irregular: bool = False) -> Series:
+def series(
+    place: Path | str, pattern: str = "", resample_irregular: bool = False, progress: Progress = silent
+) -> Series:
     """The DICOM series of a folder, zip or file that a pattern means, without its pixels.
 
     Args:
@@ -125,12 +128,13 @@ def series(place: Path | str, pattern: str = "", resample_irregular: bool = Fals
         pattern: UID, name or pattern of the description (see ``medseg.io.dicom.select``); empty for the only usable
             series.
         resample_irregular: take a tilted or uneven series too, to be read on a straight grid.
+        progress: told how many of the headers are read.
 
     Raises:
         IncompleteSeries: it cannot be used; with the reason.
         InputError: there is none, or several; which are listed.
     """
-    found = dicom.select(dicom.scan(Path(place)), pattern, resample_irregular=resample_irregular)
+    found = dicom.select(dicom.scan(Path(place), progress), pattern, resample_irregular=resample_irregular)
     if len(found) > 1:
         names = ", ".join(one.uid for one in found[:10])
         raise InputError(place, f"holds such series of {len(found)} studies: {names}", "one", "name one by its UID")

@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 
 from medseg.errors import IncompleteSeries, InputError, UnreadableFile
 from medseg.geometry import Geometry
+from medseg.io.dicom import frames as files
 from medseg.io.dicom import pixels, stack
-from medseg.io.dicom.archive import Instance, Reader, instances
-from medseg.io.dicom.frames import UNREADABLE, Frame, Image, headers_of, image_of
+from medseg.io.dicom.archive import UNSEEN, Instance, Reader, instances
+from medseg.io.dicom.frames import MISSED, Frame, Image, headers_of, image_of
 from medseg.io.dicom.parts import Part, parts_of, planes_of
+from medseg.progress import Progress, silent, track
 from medseg.volume import Volume
 
 __all__ = [
@@ -39,6 +41,7 @@ SUFFIXES: tuple[str, ...] = (".dcm", ".zip")
 
 _log = logging.getLogger("medseg.io.dicom")
 _HEAD = 1 << 16  # bytes of a damaged file in which the UID of its series is looked for
+_NOBODY = ""  # instead of a UID: it may be a file of any series
 _LISTED = "list what there is with 'medseg dicom scan'"
 
 
@@ -135,24 +138,26 @@ class Scan:
     place: Path = Path()
 
 
-def scan(place: Path) -> Scan:
+def scan(place: Path, progress: Progress = silent) -> Scan:
     """List the series in a folder (and those below it), a zip or a file, by their headers.
 
     Raises:
         InputError: there is nothing there, or a zip that may not be opened (members outside of it, or a bomb).
+        UnreadableFile: a zip that is damaged.
     """
     passed_over: Counter[str] = Counter()
     groups: dict[tuple[str, str], list[Image]] = defaultdict(list)
-    unreadable = []
+    missed = []
     with Reader() as reader:
-        for instance in instances(place, passed_over):
+        for instance in track(instances(place, passed_over), "reading DICOM headers", progress):
             image = image_of(reader, instance)
             if isinstance(image, str):
                 passed_over[image] += 1
-                unreadable += [instance] * (image == UNREADABLE)
+                missed += [instance] * (image in MISSED)
             else:
                 groups[image.study_uid, image.series_uid].append(image)
-        lost = _owners(unreadable, {uid for _, uid in groups}, reader)
+        lost = _owners(missed, {uid for _, uid in groups}, reader)
+        lost[_NOBODY] += sum(passed_over[kind] for kind in UNSEEN)
         found = [part for _, images in sorted(groups.items()) for part in _series_of(place, images, reader, lost)]
     return Scan(tuple(found), dict(sorted(passed_over.items())), place)
 
@@ -260,12 +265,8 @@ def read(path: Path) -> Volume:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM by its content (``DICM`` after the preamble)."""
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    """Whether a file is DICOM by its content; also without the preamble that it should have."""
+    return files.is_dicom(Instance(path))
 
 
 def reading_bytes(series: Series) -> int:
@@ -290,13 +291,13 @@ def headers(series: Series) -> Sequence[Any]:
         return [headers_of(reader, instance) for instance in series.instances]
 
 
-def _series_of(place: Path, images: list[Image], reader: Reader, lost: Counter[str | Path]) -> list[Series]:
+def _series_of(place: Path, images: list[Image], reader: Reader, lost: Counter[str]) -> list[Series]:
     """The series of the images with one UID, one for each volume among them."""
     kept, notes, fault = _without_copies(images, reader)
     if count := lost[kept[0].series_uid]:
         fault = f"{count} of its files cannot be read"
-    if count := sum(lost[folder] for folder in {image.frames[0].instance.path.parent for image in kept}):
-        notes.append(f"{count} damaged DICOM files beside its own: slices may be missing at its ends")
+    if count := lost[_NOBODY]:
+        notes.append(f"{count} files or folders beside its own cannot be read: slices may be missing at its ends")
     frames = [frame for image in kept for frame in image.frames]
     if len({image.frame_uid for image in kept if image.frame_uid}) > 1:
         fault = fault or "its slices have several frames of reference"
@@ -306,15 +307,13 @@ def _series_of(place: Path, images: list[Image], reader: Reader, lost: Counter[s
     return [_series(place, kept, part, notes) for part in found]
 
 
-def _owners(unreadable: Sequence[Instance], uids: set[str], reader: Reader) -> Counter[str | Path]:
-    """How many damaged files there are of each series, by the UIDs in them; of each folder where they have none."""
-    found: Counter[str | Path] = Counter()
-    for instance in unreadable:
+def _owners(missed: Sequence[Instance], uids: set[str], reader: Reader) -> Counter[str]:
+    """How many damaged files there are of each series, by the UIDs in them; of ``_NOBODY`` where they have none."""
+    found: Counter[str] = Counter()
+    for instance in missed:
         head = reader.head(instance, _HEAD)
-        mine: list[str | Path] = [
-            uid for uid in uids if re.search(rb"(?<![0-9.])" + re.escape(uid.encode()) + rb"(?![0-9.])", head)
-        ]
-        found.update(mine or [instance.path.parent])
+        mine = [uid for uid in uids if re.search(rb"(?<![0-9.])" + re.escape(uid.encode()) + rb"(?![0-9.])", head)]
+        found.update(mine or [_NOBODY])
     return found
 
 
@@ -347,7 +346,7 @@ def _series(place: Path, images: list[Image], part: Part, notes: list[str]) -> S
     first, frames = images[0], part.frames
     laid = stack.stack(planes_of(frames), _step(frames)) if all(frame.plane for frame in frames) else stack.Stack()
     if laid.order:
-        frames = [frames[n] for n in laid.order]
+        frames = [replace(frames[n], plane=plane) for n, plane in zip(laid.order, laid.planes, strict=True)]
     reason, damaged = _reason(part, images, laid)
     return Series(
         place=place,

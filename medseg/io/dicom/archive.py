@@ -28,6 +28,8 @@ MAX_BYTES = 2**38
 """What the members of a zip may hold together, 256 GiB."""
 MAX_DEPTH = 64
 """Folders below the one that is asked for; what lies deeper is counted, not read."""
+UNSEEN = ("folder that cannot be opened", "folder too deep", "link that leads nowhere")
+"""What is passed over although slices may lie there."""
 
 _CHUNK = 1 << 20
 _SAFE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others are unpacked without a limit on what comes out
@@ -57,6 +59,7 @@ def instances(place: Path, passed_over: Counter[str]) -> list[Instance]:
 
     Raises:
         InputError: there is nothing of that name, or a zip that may not be opened.
+        UnreadableFile: a zip whose list of members is damaged.
     """
     if place.is_dir():
         return sorted(Instance(path) for path in _files(place, passed_over))
@@ -188,6 +191,8 @@ def _kind(entry: os.DirEntry[str]) -> str:
             return "file"
         if entry.is_dir():
             return "link to a folder" if entry.is_symlink() else "folder"
+        if entry.is_symlink() and not Path(entry.path).exists():
+            return "link that leads nowhere"
     except OSError:
         pass
     return "no file"
@@ -206,12 +211,18 @@ def _zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _complete(path: Path, count: int) -> bool:
-    """Whether a zip has as many members as its end record counts (APPNOTE 4.3.16): zipfile stops at a damaged entry."""
+    """Whether a zip has as many members as its end record counts: zipfile stops at a damaged entry.
+
+    Source: APPNOTE 4.3.16, and 4.3.14 for the record of 64 bits, which holds the number where the first is full.
+    """
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16) - 22))
         end = file.read()
-    place = end.rfind(b"PK\x05\x06")
-    return int.from_bytes(end[place + 10 : place + 12], "little") in (count & 0xFFFF, 0xFFFF)
+    place, place64 = end.rfind(b"PK\x05\x06"), end.rfind(b"PK\x06\x06")
+    counted = int.from_bytes(end[place + 10 : place + 12], "little")
+    if counted == 0xFFFF and place64 >= 0:
+        counted = int.from_bytes(end[place64 + 32 : place64 + 40], "little")
+    return counted == count
 
 
 def _check(path: Path, members: list[zipfile.ZipInfo]) -> None:
@@ -227,6 +238,8 @@ def _check(path: Path, members: list[zipfile.ZipInfo]) -> None:
             raise InputError(path, "a member is encrypted", "a zip without a password", "unpack it first")
         if info.compress_type not in _SAFE_METHODS:
             raise InputError(path, "a member is compressed otherwise than by deflate", "deflate", _REMEDY)
+    if len({info.filename for info in members}) < len(members):
+        raise InputError(path, "several members have one name", "a name for each", _REMEDY)  # only one can be opened
     total = sum(info.file_size for info in members)
     if total > MAX_BYTES or total > MAX_RATIO * path.stat().st_size:
         found = f"its members take {total:,} bytes, {total // max(1, path.stat().st_size):,} times its size"

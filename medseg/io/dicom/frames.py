@@ -31,8 +31,18 @@ MAX_IMAGE_BYTES = 2**36
 
 UNREADABLE = "unreadable file"
 """Kind of what is DICOM and cannot be read."""
+MISSED = (UNREADABLE, "file without valid UIDs", "no DICOM in spite of its name")
+"""Kinds of what may be a slice."""
 
-_UID = re.compile(r"[0-9.]{1,64}")
+_UID = re.compile(r"[0-9.]{1,64}")  # with zeros before a component too, as some scanners and anonymisers write them
+_BARE = re.compile(
+    rb"\x02\x00[\x00-\x13]\x00(UL\x04\x00|OB\x00\x00|UI[\x00-\x40]\x00)"
+    rb"|\x08\x00[\x00\x01\x05\x06\x08\x10-\x18]\x00((UL|CS|SQ|DA|TM|UI|LO|SH).[\x00-\x03]|.[\x00-\x03]\x00\x00)",
+    re.DOTALL,
+)
+"""First element of a file without preamble: of its meta information, or of a little-endian data set alone."""
+_NAMES = (".dcm", ".dicom", ".ima")
+_STANDARD = "1.2.840.10008."  # root of what the standard itself names
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _MAX_INFLATION = 200  # times; images deflate to a third, and an empty one that says more is not worth the memory
 _MAX_COMPRESSION = 1000  # times, of images of more than ...
@@ -289,23 +299,32 @@ def data_of(reader: Reader, instance: Instance, *, whole: bool = False) -> Itera
 def image_of(reader: Reader, instance: Instance) -> Image | str:
     """What an instance is: an image, or the kind of thing for which it is passed over.
 
-    A file that cannot be read is of the kind ``UNREADABLE``.
+    A file that cannot be read is of the kind ``UNREADABLE``. One without preamble (PS3.10 7.1), as old archives and
+    some anonymisers write, counts as DICOM where it begins as such and has a known SOP class and the UID of a series.
 
     Raises:
         UnreadableFile: the zip that it is in is damaged.
     """
     try:
         with data_of(reader, instance) as (stream, size):
-            if stream.read(132)[128:] != b"DICM":
-                return "zip in a folder" if _is_zip(stream) else "no DICOM"
+            head = stream.read(132)
+            if not _begins(head):
+                return _other(head, instance)
             stream.seek(0)
-            return _image_of(stream, size, instance, inflated=size != reader.size(instance))
+            return _image_of(stream, size, instance, inflated=size != reader.size(instance), bare=not _is_marked(head))
     except MemoryError:
         raise
     except (zipfile.BadZipFile, zlib.error):
         raise damaged(instance) from None
     except Exception:  # noqa: BLE001 - damaged headers make pydicom raise nearly anything, and quote their values
         return UNREADABLE
+
+
+def is_dicom(instance: Instance) -> bool:
+    """Whether a file is DICOM: by its preamble, or without one by what it begins with and its UIDs."""
+    with Reader() as reader:
+        head = reader.head(instance, 132)
+        return _is_marked(head) or (_begins(head) and image_of(reader, instance) != UNREADABLE)
 
 
 def headers_of(reader: Reader, instance: Instance) -> Any:
@@ -318,23 +337,37 @@ def headers_of(reader: Reader, instance: Instance) -> Any:
 
     try:
         with silent(), data_of(reader, instance) as (stream, _):
-            return dcmread(stream, stop_before_pixels=True)
+            is_dicom = _begins(stream.read(132))
+            stream.seek(0)
+            return dcmread(stream, stop_before_pixels=True, force=is_dicom)
     except UnreadableFile:
         raise
     except Exception:  # noqa: BLE001 - as above
         raise UnreadableFile(instance.path, "the DICOM header is damaged", "a whole file") from None
 
 
-def _is_zip(stream: BinaryIO) -> bool:
-    stream.seek(0)
-    return stream.read(4) == b"PK\x03\x04"
+def _is_marked(head: bytes) -> bool:
+    return head[128:] == b"DICM"
+
+
+def _begins(head: bytes) -> bool:
+    return _is_marked(head) or _BARE.match(head) is not None
+
+
+def _other(head: bytes, instance: Instance) -> str:
+    """The kind of a file that does not begin as DICOM."""
+    if head.startswith(b"PK\x03\x04"):
+        return "zip in a folder"
+    name = (instance.member or instance.path.name).lower()
+    return MISSED[2] if name.endswith(_NAMES) and not name.rpartition("/")[2].startswith("._") else "no DICOM"
 
 
 def _inflated(content: bytes, instance: Instance) -> bytes:
     """A deflated file as an explicit little-endian one (PS3.5 A.5): a header of its own, then the plain data set."""
     from pydicom.uid import ExplicitVRLittleEndian
 
-    start = 144 + int.from_bytes(content[140:144], "little")  # File Meta Information Group Length, PS3.10 7.1
+    meta = 132 if _is_marked(content[:132]) else 0
+    start = meta + 12 + int.from_bytes(content[meta + 8 : meta + 12], "little")  # (0002,0000), PS3.10 7.1
     limit = _MAX_INFLATION * len(content)
     try:
         plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content[start:], limit + 1)
@@ -348,24 +381,27 @@ def _inflated(content: bytes, instance: Instance) -> bytes:
     return bytes(128) + b"DICM" + length + syntax + plain
 
 
-def _image_of(stream: BinaryIO, size: int, instance: Instance, *, inflated: bool) -> Image | str:
+def _image_of(stream: BinaryIO, size: int, instance: Instance, *, inflated: bool, bare: bool) -> Image | str:
     from pydicom import dcmread
 
     with silent():
-        dataset = dcmread(stream, stop_before_pixels=True, specific_tags=_WANTED)
+        dataset = dcmread(stream, stop_before_pixels=True, specific_tags=_WANTED, force=bare)
         meta = dataset.file_meta
-        syntax = _DEFLATED.decode() if inflated else str(meta.get("TransferSyntaxUID", ""))
-        sop_class = str(meta.get("MediaStorageSOPClassUID", ""))
         implicit, little = dataset.original_encoding
+        syntax = _DEFLATED.decode() if inflated else str(meta.get("TransferSyntaxUID", "") or _native(implicit, little))
+        sop_class = str(meta.get("MediaStorageSOPClassUID", ""))
         header = _elements(dataset)  # before pydicom parses any, as it does with others on the way to a sequence
         description = _description(dataset)
         groups = [_items(dataset, tag) for tag in (_SHARED_GROUPS, _FRAME_GROUPS)]
         table = _table(dataset, header)
-    if kind := _kind(header, _text(header, _SOP_CLASS) or sop_class, syntax):
+    sop_class = _text(header, _SOP_CLASS) or sop_class
+    if bare and not (sop_class.startswith(_STANDARD) and _UID.fullmatch(_text(header, _SERIES_UID))):
+        return UNREADABLE
+    if kind := _kind(header, sop_class, syntax):
         return kind
     uids = [_text(header, tag) for tag in (_SOP_UID, _SERIES_UID, _STUDY_UID, _FRAME_UID)]
     if not all(_UID.fullmatch(uid) for uid in (*uids[:3], uids[3] or "0")):
-        return "file without valid UIDs"
+        return MISSED[1]
     encoding = _encoding(header, _element(stream, size, bool(implicit), bool(little)), syntax, bool(little))
     frames = _frames(instance, uids[0], encoding, header, groups, table)
     fault, broken = _fault(encoding, len(frames))
@@ -376,6 +412,11 @@ def _image_of(stream: BinaryIO, size: int, instance: Instance, *, inflated: bool
     modality = _code(header, _MODALITY)
     uid, series, study, frame_of_reference = uids
     return Image(uid, series, study, frame_of_reference, modality, description, frames, fault, broken)
+
+
+def _native(implicit: bool | None, little: bool | None) -> str:
+    """The transfer syntax of a data set of which no meta information says it."""
+    return f"1.2.840.10008.1.2{'' if implicit else '.1' if little else '.2'}"
 
 
 def _kind(header: _Elements, sop_class: str, syntax: str) -> str:

@@ -28,6 +28,7 @@ _DECODERS = {
     **dict.fromkeys((f"1.2.840.10008.1.2.4.{end}" for end in (90, 91, 201, 202, 203)), "jpeg2k_decode"),
 }
 """Function of imagecodecs for a transfer syntax."""
+_LOSSY = frozenset(f"1.2.840.10008.1.2.4.{end}" for end in (50, 51, 81, 91, 203))
 _ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"  # tags of encapsulated fragments, PS3.5 A.4
 _END_OF_IMAGE = b"\xff\xd9"  # EOI of JPEG and JPEG-LS, EOC of JPEG 2000
 _KINDS = (np.uint8, np.int16, np.uint16, np.int32, np.int64)
@@ -258,6 +259,8 @@ def _decoded(content: bytes, encoding: Encoding) -> NDArray[Any] | None:
     if (plane.dtype.kind == "i") != encoding.signed:
         plane = _as_signed(plane.astype(np.int64), min(stream.bits, encoding.stored), encoding.signed)
     low, high = encoding.range
+    if encoding.syntax in _LOSSY:
+        plane = plane.clip(low, high)  # a stream of more bits than are stored overshoots their range at edges
     return plane if low <= plane.min() and plane.max() <= high else None
 
 

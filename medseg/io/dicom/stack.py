@@ -2,13 +2,14 @@
 
 Positions and directions are DICOM's (LPS, mm); the affine that comes out is RAS+. Tolerances are highdicom's, so that
 what is accepted here can be written as DICOM SEG: neighbours within 1 % of the mean distance, and the line of slices
-within 2.6 degrees of their normal (cosine 0.999).
+within 2.6 degrees of their normal (cosine 0.999). Positions that jitter by more only because they are rounded are put
+on the line between the first and the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ EVEN = 0.01
 """Neighbouring slices may be this part of the mean distance nearer or further."""
 ROUNDED_MM = 0.002
 """... or this much where that is more, as positions are rounded to 0.001 mm by some scanners; a tenth at the most."""
+COARSEST = 0.1
+"""Half a unit of the decimals of positions may be this part of the distance, where slices are even but for rounding."""
 DRIFT = 0.05
 """No slice may be further than this part of the distance from its place on an even grid."""
 PERPENDICULAR = 1e-3
@@ -74,6 +77,7 @@ class Stack:
         irregular: what is tilted or uneven, where ``mended`` can handle it.
         offsets: of every slice from the first along their line, mm, where uneven.
         warning: what was assumed.
+        planes: the slices in their order; where their positions are rounded, on the even line that they mean.
     """
 
     order: tuple[int, ...] = ()
@@ -82,6 +86,7 @@ class Stack:
     irregular: str = ""
     offsets: tuple[float, ...] = ()
     warning: str = ""
+    planes: tuple[Plane, ...] = ()
 
 
 def differing(planes: Sequence[Plane]) -> str:
@@ -139,26 +144,27 @@ def stack(planes: Sequence[Plane], step_mm: float = 0.0) -> Stack:
         return Stack(reason=fault)
     if len(planes) == 1:
         return _single(planes[0], step_mm)
+    order = tuple(np.argsort(_positions(planes) @ planes[0].normal, kind="stable").tolist())
+    laid, warning = _laid([planes[n] for n in order])
+    found = _judged(laid)
+    return replace(found, order=order, planes=tuple(laid), warning=warning if found.geometry else "")
+
+
+def _judged(planes: Sequence[Plane]) -> Stack:
+    """How slices in their order make a volume."""
     positions = _positions(planes)
-    order = np.argsort(positions @ planes[0].normal, kind="stable")
-    positions, numbers = positions[order], tuple(int(n) for n in order)
-    line = positions[-1] - positions[0]
-    length = float(np.linalg.norm(line))
-    line = line / length
-    offsets = (positions - positions[0]) @ line
-    if fault := _off_line(positions, offsets, line, planes[0]):
-        return Stack(numbers, reason=fault)
+    line, offsets = _line(positions)
+    if fault := _off_line(positions, planes[0]):
+        return Stack(reason=fault)
     tilt, uneven = _tilt(line, planes[0]), _uneven(offsets, positions @ planes[0].normal)
     kept = tuple(offsets.tolist()) if uneven else ()
     if uneven and _steps(offsets) > MAX_FILLED * len(planes):
-        return Stack(numbers, reason=f"{uneven}: they lie too far apart for a volume", offsets=kept)
+        return Stack(reason=f"{uneven}: they lie too far apart for a volume", offsets=kept)
     if tilt or uneven:
         text = " and ".join(filter(None, (tilt, uneven)))
-        return Stack(numbers, reason=f"{text}; {_UNEVEN}", irregular=text, offsets=kept)
-    first = planes[numbers[0]]
-    return Stack(
-        numbers, _geometry(first, positions[0], (positions[-1] - positions[0]) / (len(planes) - 1), len(planes))
-    )
+        return Stack(reason=f"{text}; {_UNEVEN}", irregular=text, offsets=kept)
+    step = (positions[-1] - positions[0]) / (len(planes) - 1)
+    return Stack(geometry=_geometry(planes[0], positions[0], step, len(planes)))
 
 
 def mended(planes: Sequence[Plane]) -> Geometry:
@@ -166,12 +172,46 @@ def mended(planes: Sequence[Plane]) -> Geometry:
 
     A tilt makes it a sheared grid, with every slice where it is. Uneven slices get the steps of their median distance.
     """
-    order = stack(planes).order
-    positions = _positions(planes)[list(order)]
-    length = float(np.linalg.norm(positions[-1] - positions[0]))
-    offsets = (positions - positions[0]) @ (positions[-1] - positions[0]) / length
+    laid = stack(planes).planes
+    positions = _positions(laid)
+    _, offsets = _line(positions)
     count = _steps(offsets) if _uneven(offsets, offsets) else len(planes)
-    return _geometry(planes[order[0]], positions[0], (positions[-1] - positions[0]) / (count - 1), count)
+    return _geometry(laid[0], positions[0], (positions[-1] - positions[0]) / (count - 1), count)
+
+
+def _laid(planes: list[Plane]) -> tuple[list[Plane], str]:
+    """Slices in their order as they are, or (said in a text) on the even line that their rounded positions mean."""
+    positions = _positions(planes)
+    _, offsets = _line(positions)
+    if not (_off_line(positions, planes[0]) or _uneven(offsets, offsets)):
+        return planes, ""
+    units = np.array([_unit(axis) for axis in positions.T])
+    mean = float(offsets[-1]) / (len(planes) - 1)
+    if units @ planes[0].normal ** 2 / 2 > COARSEST * mean:
+        return planes, ""
+    if not all(_fits(axis, unit) for axis, unit in zip(positions.T, units, strict=True)):
+        return planes, ""
+    even = np.linspace(positions[0], positions[-1], len(planes)).tolist()
+    laid = [replace(plane, position=tuple(place)) for plane, place in zip(planes, even, strict=True)]
+    return laid, f"positions of slices are rounded to {units.max():g} mm: taken as even, {mean:.4g} mm apart"
+
+
+def _unit(values: Float) -> float:
+    """To what numbers are rounded: 0.1, 0.01 or 0.001, whichever is the first that all of them are multiples of."""
+    return next((10.0**-n for n in (1, 2) if (np.round(values, n) == values).all()), 1e-3)
+
+
+def _fits(values: Float, unit: float) -> bool:
+    """Whether numbers are what rounding to a unit makes of some even ones.
+
+    They are, if all are within half a unit of one line: if there is a slope from which no two numbers differ by more
+    than a unit over the steps between them.
+    """
+    low, high = -np.inf, np.inf
+    for steps in range(1, len(values)):
+        gaps = values[steps:] - values[:-steps]
+        low, high = max(low, (gaps.max() - unit) / steps), min(high, (gaps.min() + unit) / steps)
+    return bool(low <= high + 1e-9)
 
 
 def _positions(planes: Sequence[Plane]) -> Float:
@@ -184,11 +224,19 @@ def _same_place(planes: Sequence[Plane]) -> float:
 
 def _single(plane: Plane, step_mm: float) -> Stack:
     text = "one slice: its thickness is unknown, 1 mm is assumed" if not step_mm else "one slice"
-    return Stack((0,), _geometry(plane, np.array(plane.position), plane.normal * (step_mm or 1.0), 1), warning=text)
+    grid = _geometry(plane, np.array(plane.position), plane.normal * (step_mm or 1.0), 1)
+    return Stack((0,), grid, warning=text, planes=(plane,))
 
 
-def _off_line(positions: Float, offsets: Float, line: Float, plane: Plane) -> str:
+def _line(positions: Float) -> tuple[Float, Float]:
+    """Direction from the first slice to the last, and how far along it each of them lies, mm."""
+    line = (positions[-1] - positions[0]) / np.linalg.norm(positions[-1] - positions[0])
+    return line, (positions - positions[0]) @ line
+
+
+def _off_line(positions: Float, plane: Plane) -> str:
     """Why slices do not lie behind one another."""
+    line, offsets = _line(positions)
     angle = _angle(line, plane)
     if angle > MAX_TILT:
         return f"slices lie beside one another, {angle:.0f} degrees from their normal"

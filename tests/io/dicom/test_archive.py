@@ -43,7 +43,7 @@ def test_links_to_folders_and_deep_folders_are_counted(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     passed_over: Counter[str] = Counter()
     assert instances(tmp_path, passed_over) == [Instance(tmp_path / "linked")]
-    assert passed_over == {"link to a folder": 1, "no file": 2, "folder too deep": 1}
+    assert passed_over == {"link to a folder": 1, "no file": 1, "link that leads nowhere": 1, "folder too deep": 1}
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -134,3 +134,34 @@ def test_a_damaged_member_and_a_damaged_zip(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFile, match="damaged zip"):
         instances(path, Counter())
     assert not archive.is_zip(tmp_path / "nothing")
+
+
+def test_a_zip_that_counts_more_members_than_it_lists(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "a.zip", "a", "b")
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"PK\5\6") + 10
+    content[place : place + 2] = (3).to_bytes(2, "little")
+    path.write_bytes(content)
+    with pytest.raises(UnreadableFile, match="damaged zip"):
+        instances(path, Counter())
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_zip_of_more_members_than_16_bits_can_count(missing: int, tmp_path: Path) -> None:
+    path = zipped(tmp_path / "a.zip", *map(str, range(65536)), content=b"", method=zipfile.ZIP_STORED)
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"PK\6\6") + 32
+    content[place : place + 8] = (65536 + missing).to_bytes(8, "little")
+    path.write_bytes(content)
+    if missing:
+        with pytest.raises(UnreadableFile, match="damaged zip"):
+            instances(path, Counter())
+    else:
+        assert len(instances(path, Counter())) == 65536
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_two_members_of_one_name(tmp_path: Path) -> None:
+    """Only the last of them could be opened, twice."""
+    with pytest.raises(InputError, match="several members have one name"):
+        instances(zipped(tmp_path / "a.zip", "a", "a"), Counter())

@@ -197,7 +197,7 @@ def test_one_file_and_what_is_none(tmp_path: Path) -> None:
     (tmp_path / "text.dcm").write_bytes(b"no DICOM")
     assert not dicom.is_dicom(tmp_path / "text.dcm")
     assert not dicom.is_dicom(tmp_path / "nothing")
-    with pytest.raises(InputError, match="1 x no DICOM"):
+    with pytest.raises(InputError, match="1 x no DICOM in spite of its name"):
         dicom.read(tmp_path / "text.dcm")
     with pytest.raises(InputError, match="no such file"):
         dicom.scan(tmp_path / "nothing")
@@ -263,7 +263,7 @@ def test_a_damaged_file_is_missed_by_its_series(tmp_path: Path) -> None:
     paths[3].write_bytes(content[:200])  # before the UID of its series
     volume = dicom.read(tmp_path)
     assert volume.array.shape[3] == 3
-    assert volume.warnings == ("1 damaged DICOM files beside its own: slices may be missing at its ends",)
+    assert volume.warnings == ("1 files or folders beside its own cannot be read: slices may be missing at its ends",)
     paths[3].write_bytes(content[:-3])
     with pytest.raises(UnreadableFile, match="57 bytes of pixels where its header says 60"):
         dicom.read(tmp_path)

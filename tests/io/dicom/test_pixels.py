@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 from dicoms import write_enhanced, write_series
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import (
+    JPEG2000,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLSLossless,
+    JPEGLSNearLossless,
     RLELossless,
 )
 
@@ -250,6 +253,49 @@ def test_a_stream_of_another_size_is_not_decoded(tmp_path: Path, monkeypatch: py
     write_series(tmp_path, STORED, syntax=JPEG2000Lossless, change=change)
     with pytest.raises(UnreadableFile, match="stream is damaged"):
         dicom.read(tmp_path)
+
+
+def jpegls(frame: NDArray[Any]) -> bytes:
+    return bytes(imagecodecs.jpegls_encode(frame, level=3))
+
+
+def jpeg2k(frame: NDArray[Any]) -> bytes:
+    return bytes(imagecodecs.jpeg2k_encode(frame, level=70, reversible=False, codecformat="j2k"))
+
+
+def jpeg2k_of_twelve_bits(frame: NDArray[Any]) -> bytes:
+    return bytes(imagecodecs.jpeg2k_encode(frame, reversible=True, codecformat="j2k", bitspersample=12))
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode", "low", "most"),
+    [
+        (JPEGLSNearLossless, jpegls, 0, 3),
+        (JPEG2000, jpeg2k, 0, 100),
+        (JPEG2000, jpeg2k, -2048, 100),
+        (JPEG2000, jpeg2k_of_twelve_bits, -2048, 0),
+        (JPEG2000Lossless, jpeg2k_of_twelve_bits, -2048, 0),
+    ],
+    ids=["JPEG-LS", "JPEG 2000", "signed JPEG 2000", "12 signed bits", "12 signed bits, lossless"],
+)
+def test_twelve_bits_with_loss(
+    syntax: str, encode: Callable[[NDArray[Any]], bytes], low: int, most: int, tmp_path: Path
+) -> None:
+    """Hard edges between the ends of the range, which a lossy decoder oversteps in a stream of 16 bits."""
+    random = np.random.default_rng(0)
+    array = (random.choice([0, 4095], (36, 34, 2)) + low).astype(np.int16 if low else np.uint16)
+    array[:, 10:] = (np.arange(36 * 24 * 2).reshape(36, 24, 2) % 4001 + low).astype(array.dtype)
+
+    def change(dataset: Dataset, k: int) -> None:
+        dataset.PixelData = encapsulate([encode(np.ascontiguousarray(array[:, :, k].T))])
+        dataset["PixelData"].is_undefined_length = True
+        dataset.BitsStored, dataset.HighBit = 12, 11
+        dataset.file_meta.TransferSyntaxUID = syntax
+
+    write_series(tmp_path, array, change=change)
+    found = dicom.read(tmp_path).array[0]
+    assert (found.min(), found.max()) == (low, low + 4095)
+    assert np.abs(found.astype(int) - array).max() <= most
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,9 +136,85 @@ def test_what_is_accepted_highdicom_takes_for_a_volume(
     slices = [Plane(position, orientation, (1.0, 1.0), 4, 5) for position in positions]
     found = stack.stack(slices)
     spacing, order = get_volume_positions(positions, orientation)
-    if found.geometry is not None:
+    if found.warning:  # what rounding alone made uneven is even once it is put on its line
+        spacing, order = get_volume_positions([plane.position for plane in found.planes], orientation)
+        assert order == list(range(len(slices)))
+    elif found.geometry is not None:
         assert spacing is not None
         assert order is not None
         assert [order[n] for n in found.order] in (list(range(len(slices))), list(range(len(slices)))[::-1])
     elif spacing is not None:  # stricter in one thing alone: what adds up
         assert "uneven" in found.reason
+
+
+OBLIQUE = (0.8, 0.6, 0, 0, 0, -1)  # normal (-0.6, 0.8, 0)
+
+
+def rounded(step: float, count: int, digits: int, orientation: Any = (1, 0, 0, 0, 1, 0)) -> list[Plane]:
+    """Even slices from an odd origin whose positions are rounded to some digits."""
+    step_mm = step * np.cross(orientation[:3], orientation[3:])
+    places = np.round([-120.2875, 33.3333, 71.0625] + np.arange(count)[:, None] * step_mm, digits)
+    return [Plane(tuple(place), orientation, (0.7, 0.7), 4, 5) for place in places.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("step", "digits", "unit"), [(0.625, 1, "0.1"), (0.5333, 1, "0.1"), (0.3333, 2, "0.01"), (0.0777, 2, "0.01")]
+)
+@pytest.mark.parametrize("orientation", [(1, 0, 0, 0, 1, 0), OBLIQUE])
+@pytest.mark.parametrize("count", [9, 300])
+def test_positions_that_jitter_for_they_are_rounded(
+    step: float, digits: int, unit: str, orientation: Any, count: int
+) -> None:
+    """The corners stay where the file has them, and no slice goes further than its position may be from the truth."""
+    slices = rounded(step, count, digits, orientation)
+    found = stack.stack(slices[::-1])
+    assert found.geometry is not None
+    assert found.order == tuple(range(count))[::-1]
+    affine = np.diag([-1, -1, 1, 1]) @ found.geometry.affine  # in LPS
+    np.testing.assert_allclose(affine[:3, 3], slices[0].position, atol=1e-9)
+    np.testing.assert_allclose(affine @ [0, 0, count - 1, 1], [*slices[-1].position, 1], atol=1e-9)
+    laid = np.array([plane.position for plane in found.planes])
+    assert np.abs(laid - [plane.position for plane in slices]).max() <= 10.0**-digits + 1e-9
+    np.testing.assert_allclose(laid, affine[:3, 3] + np.arange(count)[:, None] * affine[:3, 2], atol=1e-9)
+    assert found.warning.startswith(f"positions of slices are rounded to {unit} mm: taken as even")
+
+
+def test_rounding_in_three_tenths_of_a_millimetre_is_too_much() -> None:
+    assert "uneven" in stack.stack(rounded(0.3333, 30, 1)).reason  # half a unit is 15 % of the distance
+    assert "uneven" in stack.stack(rounded(5.3333, 30, 0)).reason  # whole millimetres are none that scanners round to
+
+
+@pytest.mark.parametrize("change", [0.2, -0.2, 0.06])
+def test_more_than_rounding_is_uneven(change: float) -> None:
+    slices = rounded(0.625, 30, 1)
+    x, y, z = slices[9].position
+    slices[9] = replace(slices[9], position=(x, y, round(z + change, 3)))
+    found = stack.stack(slices)
+    assert "uneven" in found.reason
+    assert found.planes == tuple(slices)
+    del slices[9]
+    assert "uneven" in stack.stack(slices).reason  # one that is missing
+
+
+def test_a_tilt_with_rounded_positions_is_a_tilt_alone() -> None:
+    places = np.round([[10.0, 20 + 0.25 * z, z] for z in np.arange(20) * 0.625], 1).tolist()
+    slices = [replace(planes(0.0)[0], position=tuple(place)) for place in places]
+    found = stack.stack(slices)
+    assert found.irregular.startswith("a gantry tilt of 14.")
+    assert "uneven" not in found.irregular
+    assert stack.mended(slices).shape == (5, 4, 20)
+
+
+@given(
+    st.floats(0.5, 5.0),
+    st.floats(-300, 300),
+    st.integers(2, 60),
+    st.sampled_from([(1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1), OBLIQUE]),
+)
+def test_no_even_stack_is_refused_for_its_positions_are_rounded(
+    step: float, origin: float, count: int, orientation: Any
+) -> None:
+    normal = np.cross(orientation[:3], orientation[3:])
+    places = np.round(origin + np.arange(count)[:, None] * step * normal, 1).tolist()
+    slices = [Plane(tuple(place), orientation, (0.7, 0.7), 4, 5) for place in places]
+    assert stack.stack(slices).geometry is not None or step * count < 4  # few: a tilt, by the rounding of two corners
