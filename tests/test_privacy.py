@@ -33,6 +33,7 @@ from typer.testing import CliRunner
 from medseg import io
 from medseg.cases import MASK_FORMATS
 from medseg.cli import app
+from medseg.io.dicom import segmentation
 from medseg.phantom import make_case
 from medseg.pipeline import RunResult
 
@@ -245,6 +246,31 @@ def test_a_crash_quotes_no_header(where: str, package: Path, tmp_path: Path, mon
     assert "ZeroDivisionError" in result.output
     assert "CANARY" not in result.output
     assert not holders(tmp_path / "o")
+
+
+@pytest.mark.parametrize("kind", [NameError, ValueError])
+def test_a_crash_over_a_segmentation_quotes_no_header(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug in reading or writing one, with -v: its kind and its place are told."""
+
+    def broken(*_: object) -> None:
+        raise kind(MARKER) from RuntimeError(MARKER)
+
+    marked(tmp_path / "scan", voxels()[:, :, :3])
+    affine = io.read_volume(tmp_path / "scan").geometry.affine
+    nibabel.save(nibabel.Nifti1Image(np.ones((24, 22, 3), np.uint8), affine), tmp_path / "mask.nii.gz")
+    (tmp_path / "labels.tsv").write_text("index\tname\n1\tliver\n")
+    convert = ["convert", "--reference", str(tmp_path / "scan"), "--labels", str(tmp_path / "labels.tsv"), "-v", "-o"]
+    seg = str(tmp_path / "seg.dcm")
+    assert CliRunner().invoke(app, [*convert, seg, str(tmp_path / "mask.nii.gz")]).exit_code == 0
+    for where, target, source in (("_frames", "other.dcm", "mask.nii.gz"), ("_grid", "other.nii.gz", "seg.dcm")):
+        monkeypatch.setattr(segmentation, where, broken)
+        result = CliRunner().invoke(app, [*convert, str(tmp_path / target), str(tmp_path / source)])
+        assert result.exit_code == 1, result.output
+        assert f"unexpected {kind.__name__}" in result.output
+        assert "in broken" in result.output
+        assert "CANARY" not in result.output
 
 
 def test_free_text_of_nifti_goes_no_further(medseg_: Console, package: Path, tmp_path: Path) -> None:
