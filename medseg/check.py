@@ -151,7 +151,7 @@ class _Faults(list[Finding]):
 
 
 def _segments(file: Path, image: Volume | None, labels: Labels) -> Volume:
-    mask = read_mask(file, labels, image.geometry if image else None)
+    mask = read_mask(file, labels, image)
     return Volume(mask.array[np.newaxis], mask.geometry, (file,), warnings=mask.warnings)
 
 

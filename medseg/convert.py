@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from medseg import io
 from medseg.errors import InputError
-from medseg.geometry import Geometry
 from medseg.io import label_tables, nifti
 from medseg.records import read_json
-from medseg.volume import Labels, Mask
+from medseg.volume import Labels, Mask, Volume
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +57,16 @@ def convert(
     if ending == ".dcm" and reference is None:
         expected = "a mask of the DICOM series that it belongs to"
         raise InputError(target, "a DICOM SEG lies on the slices of a series", expected, "name it with --reference")
-    mask = io.read_mask(source, labels)
+    image = _image(reference, series, of_series=ending == ".dcm") if reference else None
+    mask = io.read_mask(source, labels, image)
     if mask.labels is None and ending in (".dcm", ".seg.nrrd"):
         expected = "a name for each label"
         raise InputError(source, f"does not name its labels, which {ending} needs", expected, "give --labels FILE")
     if mask.labels is not None and ending not in _NAMED:
         log.warning("%s: a file ending in %s does not keep the names of labels", target, ending)
-    header: Any = None
-    if reference is not None:
-        geometry, header = _grid(reference, series, of_series=ending == ".dcm")
-        mask = mask.placed(geometry)
-    written = Mask(mask.array, mask.geometry, mask.labels, header=header)
+    if image is not None:
+        mask = mask.placed(image.geometry)
+    written = Mask(mask.array, mask.geometry, mask.labels, header=image and image.header)
     options = {"kind": kind, "allow_uncoded": allow_uncoded} if ending == ".dcm" else {}
     io.write_mask(written, target, **options)
     return written
@@ -103,13 +101,12 @@ def _ending(target: Path) -> str:
     raise InputError(target, "has no ending that a mask can be written with", " ".join(ENDINGS))
 
 
-def _grid(reference: Path, pattern: str, *, of_series: bool) -> tuple[Geometry, Any]:
-    """The grid of an image, and what its format gives back to masks of it; by the headers where these suffice."""
+def _image(reference: Path, pattern: str, *, of_series: bool) -> Volume:
+    """The image that a mask is brought to; by the headers where these suffice, its voxels 0 then."""
     if not io.is_dicom(reference):
         if of_series:
             raise InputError(reference, "is no DICOM series", "the folder or zip of one, for a DICOM SEG")
-        image = io.outline([reference]) or io.read_volume(reference)
-        return image.geometry, image.header
+        return io.outline([reference]) or io.read_volume(reference)
     # a mask of a tilted or uneven series lies on the grid that it was read on, or is refused
     series = io.series(reference, pattern, resample_irregular=True)
-    return io.dicom.check(series), series
+    return io.outline([series]) or io.read_volume(series)

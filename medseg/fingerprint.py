@@ -167,7 +167,7 @@ def _read(case: Case, dataset: Dataset) -> _Read:
     if case.label is None:
         raise DatasetError(case.id, "has no label", "a labelled case")
     volume = read_volume(case.images, channels=len(dataset.channels))
-    mask = read_mask(case.label, dataset.labels, volume.geometry)
+    mask = read_mask(case.label, dataset.labels, volume)
     if not mask.geometry.close_to(volume.geometry):
         raise GeometryMismatch(
             case.label, f"is {describe_grid(mask)}", f"the grid of its image, {describe_grid(volume)}"

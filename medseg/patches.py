@@ -127,7 +127,7 @@ def prepare_case(case: Case, plan: Plan, configuration: str, folder: Path) -> Pr
     if found is not None:
         return found
     volume = io.read_volume(case.images, len(plan.channels))
-    ready = prepare(volume, plan, setup, io.read_mask(case.label, plan.labels, volume.geometry))
+    ready = prepare(volume, plan, setup, io.read_mask(case.label, plan.labels, volume))
     files = {}
     for part, array in zip(_ARRAYS, _storable(ready, plan.labels.count), strict=True):
         path = _array_path(stem, part)

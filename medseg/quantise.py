@@ -129,7 +129,7 @@ def _dice(predictor: Predictor, case: Case) -> float | None:
         return None
     labels = predictor.package.plan.labels
     mask = predictor.segment(_read(predictor, case))
-    reference = io.read_mask(case.label, labels, mask.geometry)
+    reference = io.read_mask(case.label, labels, mask)
     return _mean(class_dice(mask.array, reference.array, labels, case.id))
 
 

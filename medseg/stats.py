@@ -256,7 +256,7 @@ def _measure_case(name: str, case: Case | None, path: Path, labels: Labels | Non
         return CaseStats(case=name, reason=f"{path}: there is no image of this name")
     try:
         image = read_volume(case.images)
-        mask = read_mask(path, labels, image.geometry)
+        mask = read_mask(path, labels, image)
         return CaseStats(case=name, labels=measure(image, mask))
     except MedsegError as failure:
         return CaseStats(case=name, reason=str(failure))

@@ -45,6 +45,7 @@ from medseg.preprocess import restore
 from medseg.progress import Progress, silent
 from medseg.records import Record, digest_file, digest_of, write_bytes, write_text
 from medseg.sliding_window import slabs, tile_count
+from medseg.volume import Mask
 
 LOG_ROWS = 80
 """Rows of the log, evenly spread over the budget; fewer where there are fewer steps."""
@@ -318,9 +319,9 @@ def validation_dice(
         return None
     image = np.asarray(prepared.image, dtype=np.float32)
     trace = prepared.record.trace
-    mask = restore(slabs([network], image, setup.patch_size, device=device), trace, plan)
-    reference = io.read_mask(case.label, plan.labels, trace.native)
-    dices = [dice for dice in class_dice(mask, reference.array, plan.labels, case.id) if dice is not None]
+    mask = Mask(restore(slabs([network], image, setup.patch_size, device=device), trace, plan), trace.native)
+    reference = io.read_mask(case.label, plan.labels, mask)
+    dices = [dice for dice in class_dice(mask.array, reference.array, plan.labels, case.id) if dice is not None]
     return float(np.mean(dices)) if dices else None
 
 

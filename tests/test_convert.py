@@ -200,6 +200,21 @@ def test_a_mask_on_the_grid_that_a_tilted_or_uneven_series_is_read_on_becomes_a_
         np.testing.assert_array_equal(made.array, array)
 
 
+def test_a_segmentation_of_an_uneven_series_has_the_planes_between_its_slices(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_series(tmp_path / "study", np.ones((6, 6, 4), np.int16), offsets=[0, 2, 4, 8])
+    read_on = io.series(tmp_path / "study", resample_irregular=True)
+    array = np.zeros((6, 6, 5), np.uint8)
+    array[2:4, 2:4, 1:] = 1
+    io.write_mask(Mask(array, io.dicom.check(read_on), LABELS, header=read_on), tmp_path / "seg.dcm")
+    made = convert(tmp_path / "seg.dcm", tmp_path / "back.nii.gz", reference=tmp_path / "study")
+    np.testing.assert_array_equal(made.array, array)
+    assert "no slice" not in caplog.text
+    convert(tmp_path / "seg.dcm", tmp_path / "alone.nii.gz")
+    assert "1 of 4 planes have no slice in this DICOM SEG" in caplog.text  # at 2, 4 and 8 mm
+
+
 def test_a_series_that_is_no_volume_is_no_reference(mask: Path, tmp_path: Path) -> None:
     write_series(tmp_path / "one", np.arange(64, dtype=np.int16).reshape(4, 4, 4), offsets=[0, 0, 0, 0])
     with pytest.raises(IncompleteSeries):

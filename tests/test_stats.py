@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from medseg.errors import GeometryMismatch, InputError
 from medseg.geometry import Geometry
-from medseg.io import read_volume, write_mask
+from medseg.io import read_volume, series, write_mask
 from medseg.stats import DEFINITIONS, FACES, Intensities, LabelStats, measure, measure_folders
 from medseg.volume import Labels, Mask, Volume
 
@@ -334,6 +334,18 @@ def test_segments_are_measured_on_the_grid_of_the_image(ending: str, tmp_path: P
     # LPS 10 + 2 * 1.5, 20 + 3 * 2, 30 + 5 * 2, and the first two change sign in RAS
     assert blob.centroid_mm == pytest.approx((-13, -26, 40))
     assert blob.intensities[0].mean == image.array[0][array == 7].mean()
+
+
+def test_segments_of_an_uneven_series_fill_the_planes_between_its_slices(tmp_path: Path) -> None:
+    dicoms.write_series(tmp_path / "series", np.ones((6, 5, 4), np.int16), offsets=[0, 2, 4, 8])
+    image = read_volume(series(tmp_path / "series", resample_irregular=True))
+    assert image.geometry.shape == (6, 5, 5)
+    array = np.zeros(image.geometry.shape, np.uint8)
+    array[1:3, 2] = 1
+    mask = Mask(array, image.geometry, Labels(values={"blob": 1}), header=image.header)
+    write_mask(mask, tmp_path / "seg.dcm", allow_uncoded=True)
+    found = measure_folders(tmp_path / "series", tmp_path / "seg.dcm", resample_irregular=True)
+    assert found.cases[0].labels[0].volume_ml == pytest.approx(2 * 5 * 0.002)  # the fourth plane has no slice
 
 
 def test_nothing_in_common(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ segmentations (``segmentation``).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,7 @@ class _Dicom:
 _DICOM = _Dicom()
 FORMATS: tuple[Format, ...] = (nifti, itk, seg_nrrd, picture, _DICOM)
 SUFFIXES = tuple(suffix for form in FORMATS for suffix in form.SUFFIXES)
+_log = logging.getLogger(__name__)
 _CHUNK = 1 << 22
 """Voxels that are looked at at a time."""
 
@@ -254,13 +256,14 @@ def volume_of(image: Any, where: str = "image") -> Volume:
     raise InputError(where, f"is a {type(image).__name__}", kinds)
 
 
-def read_mask(path: Path, labels: Labels | None = None, grid: Geometry | None = None) -> Mask:
+def read_mask(path: Path, labels: Labels | None = None, image: Volume | Mask | None = None) -> Mask:
     """Read a mask.
 
     Args:
         path: a file; of a DICOM segmentation also the folder or zip that holds it alone.
         labels: the names that its values have.
-        grid: of its image: segments, which may be stored on a part of it alone, are brought to it.
+        image: what it is of: segments, which may be stored on a part of its grid alone, are brought to it. Without
+            it, what has to be assumed of where segments lie is logged.
 
     Returns:
         Mask with an integer array (I, J, K). Without ``labels`` the values are as in the file, and the names are the
@@ -270,13 +273,17 @@ def read_mask(path: Path, labels: Labels | None = None, grid: Geometry | None = 
 
     Raises:
         UnreadableFile: the file is damaged or of no known format.
-        GeometryMismatch: segments whose voxels do not lie on those of ``grid``.
+        GeometryMismatch: segments whose voxels do not lie on those of ``image``.
         InputError: more than one channel, values that are no integers, or (with ``labels``) values without a name, or
             segments that have none of its names.
     """
-    mask = _read_mask(path)
-    if grid is not None and has_segments(path):
-        mask = mask.placed(grid)
+    header = image.header if image else None
+    mask = _read_mask(path, header if isinstance(header, Series) else None)
+    if has_segments(path) and image is not None:
+        mask = mask.placed(image.geometry)
+    elif has_segments(path):
+        for warning in mask.warnings:
+            _log.warning("%s: %s", path, warning)
     if labels is None:
         return mask
     array = mask.array if mask.labels is None else _by_name(mask, labels, path)
@@ -411,10 +418,10 @@ def _where(volume: Volume) -> Path | str:
     return volume.header.name if isinstance(volume.header, Series) else volume.paths[0]
 
 
-def _read_mask(path: Path) -> Mask:
+def _read_mask(path: Path, series: Series | None) -> Mask:
     """A mask with the names that its file knows."""
     if has_segments(path):
-        return segmentation.read_mask(path) if is_dicom(path) else seg_nrrd.read_mask(path)
+        return segmentation.read_mask(path, series) if is_dicom(path) else seg_nrrd.read_mask(path)
     form = format_of(path)
     volume = form.read_labels(path)
     if volume.array.shape[0] != 1:

@@ -327,9 +327,9 @@ def test_a_segmentation_is_written_and_read_by_name(tmp_path: Path) -> None:
     few = mask.array * (np.arange(4) == 2)  # labels in one slice: the others are not stored
     write_mask(replace(mask, array=few), tmp_path / "few.dcm")
     assert read_mask(tmp_path / "few.dcm", LABELS).array.shape != few.shape
-    np.testing.assert_array_equal(read_mask(tmp_path / "few.dcm", LABELS, volume.geometry).array, few)
+    np.testing.assert_array_equal(read_mask(tmp_path / "few.dcm", LABELS, volume).array, few)
     with pytest.raises(GeometryMismatch):
-        read_mask(tmp_path / "few.dcm", LABELS, GRID)
+        read_mask(tmp_path / "few.dcm", LABELS, replace(volume, geometry=GRID))
     raw = io.format_of(tmp_path / "a.dcm").read_labels(tmp_path / "a.dcm")
     np.testing.assert_array_equal(raw.array, own.array[np.newaxis])
 

@@ -34,7 +34,7 @@ from medseg.volume import Volume
 
 __all__ = [
     *("SUFFIXES", "Instance", "Scan", "Series", "check", "headers", "is_dicom", "read", "read_series", "reading_bytes"),
-    *("scan", "select", "to_slices"),
+    *("from_slices", "scan", "select", "to_slices"),
 ]
 
 SUFFIXES: tuple[str, ...] = (".dcm", ".zip")
@@ -250,6 +250,24 @@ def to_slices(series: Series, array: NDArray[Any]) -> NDArray[Any]:
         return array
     places = np.asarray(series.positions_mm) / series.positions_mm[-1] * (array.shape[2] - 1)
     return array[:, :, np.rint(places).astype(int)]
+
+
+def from_slices(series: Series, array: NDArray[Any]) -> NDArray[Any]:
+    """Bring an array on the slices of a resampled series to its even grid; the way back from ``to_slices``.
+
+    Args:
+        series: as it is read.
+        array: (I, J, slices).
+
+    Returns:
+        Array (I, J, K) on the grid of ``series.geometry``: for each plane the slice nearest to it, the first of two;
+        the array itself where none is interpolated.
+    """
+    if not series.positions_mm:
+        return array
+    offsets, count = np.asarray(series.positions_mm), check(series).shape[2]
+    distances = np.abs(np.linspace(0.0, offsets[-1], count)[:, None] - offsets)
+    return array[:, :, distances.argmin(axis=1)]
 
 
 def read(path: Path) -> Volume:

@@ -138,16 +138,17 @@ def write(
             built.save_as(temporary)
 
 
-def read_mask(path: Path) -> Mask:
+def read_mask(path: Path, series: dicom.Series | None = None) -> Mask:
     """Read a DICOM SEG (BINARY or LABELMAP).
 
     Args:
         path: of the file, or a folder or zip with exactly one.
+        series: that it belongs to: where its slices are uneven, the planes between them are those of the nearest.
 
     Returns:
         Mask on the grid that its frames span (frames without voxels may be missing: ``Mask.placed`` gives it that of
-        an image); columns, rows, slices along their normal. Values are the numbers of the segments; labels have their
-        names, codes and colours.
+        an image); columns, rows, slices along their normal. On the slices of an uneven series, the mask is on the grid
+        that this is read on. Values are the numbers of the segments; labels have their names, codes and colours.
 
     Raises:
         UnreadableFile: the file is damaged.
@@ -157,8 +158,12 @@ def read_mask(path: Path) -> Mask:
     with _quiet():
         header = _guarded(lambda: _header(_dataset(path)), path)
         _check(header, path)
-        geometry, slices, assumed = _grid(header, path)
         labels = _labels(header, path)
+        if series is not None and (slices := _slices_of(header, series)):
+            shape = (header.encoding.columns, header.encoding.rows, len(series.frames))
+            array = dicom.from_slices(series, _filled(header, slices, shape, labels, path))
+            return Mask(array, dicom.check(series), labels, (path,))
+        geometry, slices, assumed = _grid(header, path)
         array = _filled(header, slices, geometry.shape, labels, path)
     return Mask(array, geometry, labels, (path,), warnings=assumed)
 
@@ -723,10 +728,28 @@ def _grid(header: _Header, path: Path) -> tuple[Geometry, list[int], tuple[str, 
     geometry = Geometry(shape, convert_affine_to_convention(affine, "LPS", "RAS"))
     assumed = []
     if not header.between:
-        assumed.append(f"the distance of slices is not stated: {geometry.spacing[2]:.4g} mm is assumed")
+        text = f"the distance of slices is not stated: {geometry.spacing[2]:.4g} mm is assumed"
+        missing = last + 1 - len(set(slices))
+        more = f"; {missing} of {last + 1} planes have no slice in this DICOM SEG and are taken as background"
+        assumed.append(text + more if missing else text)
     if geometry.is_sheared:
         assumed.append("its slices are tilted: read as they lie, on a sheared grid")
     return geometry, slices, tuple(assumed)
+
+
+def _slices_of(header: _Header, series: dicom.Series) -> list[int]:
+    """The slice of an uneven series that each frame lies on; none where it is even, or they lie elsewhere."""
+    if not series.positions_mm:
+        return []
+    planes = [frame.plane for frame in series.frames if frame.plane]
+    places = np.array([plane.position for plane in planes])
+    found = []
+    for frame in header.frames:
+        nearest = int(np.linalg.norm(places - frame.plane.position, axis=1).argmin())
+        if stack.differing([planes[nearest], frame.plane]) or stack.places([planes[nearest], frame.plane]).any():
+            return []
+        found.append(nearest)
+    return found
 
 
 def _stacked(places: NDArray[np.float64], plane: stack.Plane, stated: float) -> list[int]:

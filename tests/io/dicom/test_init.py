@@ -324,6 +324,8 @@ def test_uneven_slices_on_an_even_grid_and_back(tmp_path: Path) -> None:
     assert "interpolated" in volume.warnings[0]
     mask = np.broadcast_to(np.arange(5), (3, 2, 5))
     assert dicom.to_slices(even, mask)[0, 0].tolist() == [0, 1, 2, 4]
+    slices = np.broadcast_to(np.array([5, 6, 7, 8]), (3, 2, 4))
+    assert dicom.from_slices(even, slices)[0, 0].tolist() == [5, 6, 7, 7, 8]  # at 3 mm the first of two
     assert dicom.reading_bytes(even) >= volume.array.nbytes + array.size * 4
     assert dicom.reading_bytes(series) == 0
 
@@ -335,6 +337,7 @@ def test_tilted_slices_are_read_as_they_lie(tmp_path: Path) -> None:
     same(volume, ARRAY, affine_of(step=(0, 1, 3)))
     assert volume.array.dtype == np.int16
     assert dicom.to_slices(series, ARRAY) is ARRAY
+    assert dicom.from_slices(series, ARRAY) is ARRAY
 
 
 def test_what_resampling_cannot_mend(tmp_path: Path) -> None:

@@ -254,6 +254,43 @@ def test_labels_of_interpolated_slices_stay_with_the_slices_that_there_are(tmp_p
     assert points_by_hand(tmp_path / "seg.dcm") == {(9.8, -35.05, 14.62): 1, (7.7, -36.85, 19.62): 1}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offsets", [(0.0, 2.5, 7.5, 10.0), (0.0, 2.5, 7.2, 9.9)])
+def test_planes_between_uneven_slices_are_those_of_the_nearest(kind: Any, offsets: Any, tmp_path: Path) -> None:
+    series = a_series(tmp_path / "series", offsets=offsets)
+    assert series.geometry is not None
+    assert series.geometry.shape == (6, 5, 5)
+    array = np.zeros((6, 5, 5), dtype=np.uint8)
+    array[1, 2, 1], array[3, 3, 2], array[4, 4, 3] = 7, 7, 7  # the second was never scanned
+    segmentation.write(a_mask(series, array), tmp_path / "seg.dcm", kind=kind)
+    mask = segmentation.read_mask(tmp_path / "seg.dcm", series)
+    assert mask.geometry == series.geometry
+    middle = (1, 2, 2) if offsets[2] == 7.5 else (4, 4, 2)  # of two that are as near the first; 4.95 is nearer to 7.2
+    assert sorted(map(tuple, np.argwhere(mask.array).tolist())) == sorted([(1, 2, 1), middle, (4, 4, 3)])
+
+
+def test_planes_without_a_slice_are_told_of(tmp_path: Path, axial: dicom.Series) -> None:
+    uneven = a_series(tmp_path / "series", offsets=(0.0, 2.5, 7.5, 10.0))
+    assert uneven.geometry is not None
+    array = np.ones(uneven.geometry.shape, dtype=np.uint8) * 7
+    segmentation.write(a_mask(uneven, array), tmp_path / "seg.dcm")
+    (warning,) = segmentation.read_mask(tmp_path / "seg.dcm").warnings
+    assert "1 of 5 planes have no slice in this DICOM SEG and are taken as background" in warning
+    array = np.zeros(SHAPE, dtype=np.uint8)
+    array[:, :, [0, 2, 3]] = 7  # of an even series an empty slice
+    segmentation.write(a_mask(axial, array), tmp_path / "seg.dcm")
+    for series in (None, axial, uneven):  # the last is another one, on which the frames do not lie
+        assert segmentation.read_mask(tmp_path / "seg.dcm", series).warnings == ()
+
+
+def test_a_seg_on_the_even_grid_of_an_uneven_series_is_read_as_it_is(tmp_path: Path) -> None:
+    uneven = a_series(tmp_path / "uneven", offsets=(0.0, 2.5, 7.5, 10.0))
+    even = a_series(tmp_path / "even", offsets=(0.0, 2.5, 5.0, 7.5))
+    segmentation.write(a_mask(even), tmp_path / "seg.dcm")
+    read = segmentation.read_mask(tmp_path / "seg.dcm", uneven)
+    assert close(points_of(read), points_of(a_mask(even)))
+
+
 @settings(max_examples=15)
 @given(data=st.data())
 def test_any_mask_comes_back(
