@@ -6,21 +6,25 @@ usage or nothing usable found, 3 finished but some cases failed or are unusable,
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
 import os
+import posixpath
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -28,7 +32,7 @@ from rich.table import Table
 from medseg.errors import InputError, MedsegError, TrainingError
 
 if TYPE_CHECKING:  # the rest is imported by the command that needs it: `medseg --help` stays fast
-    from medseg.cases import Shard
+    from medseg.cases import MaskFormat, Shard
     from medseg.dataset import Case
     from medseg.evaluate import Evaluation
     from medseg.io.dicom import Scan, Series
@@ -174,7 +178,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:
             raise  # whoever read the output has enough: Click ends quietly
         except OSError as failure:
-            _fail(errors, f"error: {failure}", 1, verbose)
+            _fail(errors, f"error: {_told(failure)}", 1, verbose)
         except Exception as failure:  # noqa: BLE001 - the door: every bug becomes a message and exit code 1
             _fail(errors, f"unexpected {type(failure).__name__}: {failure}\n{_REMEDY_FOR_ALL}", 1, verbose)
         finally:
@@ -188,6 +192,19 @@ def _fail(console: Console, message: str, code: int, verbose: bool) -> NoReturn:
         console.print(escape(traceback.format_exc()), style="dim")
     console.print(escape(message), style="red")
     raise typer.Exit(code)
+
+
+def _told(failure: OSError) -> str:
+    """What the system refused: which file, why, and what to do about it."""
+    if failure.errno is None:
+        return str(failure)
+    remedy = ""
+    if failure.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "make room; what is finished is kept, and the same command goes on from there"
+    elif failure.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "give another place with -o, or see to the rights of this one"
+    where = failure.filename or "the disk"
+    return str(MedsegError(where, (failure.strerror or "cannot be used").lower(), remedy=remedy))
 
 
 def _interrupt(*_: object) -> None:
@@ -411,6 +428,7 @@ def scan_dicom(
 
     Reads headers alone. Masks are named after the first column, a digest of the series UID, as descriptions may tell of
     the patient: they are shown here and nowhere else. What is no volume (scouts, screenshots, reports) is counted.
+    Below each row stand why it is no use, its UID and its folder. A narrow window shows fewer columns.
 
     Exit code 3 when some series cannot be used, 2 when none can.
     """
@@ -422,6 +440,8 @@ def scan_dicom(
         print(json.dumps(_scan_body(found), indent=2))
     else:
         _print_scan(found)
+    if not found.series:
+        raise InputError(place, _no_series(found), "a DICOM series", "give the folder or zip that it lies in")
     usable = sum(not series.reason for series in found.series)
     if usable < len(found.series) or not usable:
         raise typer.Exit(3 if usable else 2)
@@ -431,7 +451,7 @@ def scan_dicom(
     epilog=_examples(
         "medseg check Task04_Hippocampus",
         "medseg check Task04_Hippocampus --json",
-        "medseg check study                     # DICOM, or a folder of images: what `medseg predict` would refuse",
+        "medseg check study                     # DICOM, or a folder of images",
     )
 )
 @as_command
@@ -446,7 +466,8 @@ def check(
     """Name every fault of a dataset at once, with a remedy.
 
     Reads every file. Exit code 3 when cases are unusable; `medseg run --skip-bad-cases` goes on without them. Of images
-    without a dataset.json, and of DICOM series, it says which cannot be segmented.
+    without a dataset.json, and of every DICOM series, it says which cannot be read as a volume. Which of several usable
+    series of a study is meant is for --series of `medseg predict` to say.
     """
     from medseg.check import check as check_dataset
     from medseg.check import check_images
@@ -467,7 +488,8 @@ def check(
             _table(output, ("case", "fault", "", "found", "remedy"), rows)
         bad = len(findings.unusable_cases)
         output.print(
-            f"{findings.cases_checked} cases checked: {bad} unusable, {len(findings.findings)} findings in all"
+            f"{_count(findings.cases_checked, 'case')} checked: {bad} unusable, "
+            f"{_count(len(findings.findings), 'finding')} in all"
         )
     if any(f.unusable for f in findings.findings):
         raise typer.Exit(3)
@@ -658,7 +680,7 @@ def predict(
 
     if out.is_file() or suffix_of(out):
         raise InputError(out, "names a file", "a folder: the masks are named after the images", "leave the name out")
-    chosen = {"formats": _words(formats), "seg_type": seg_type, "allow_uncoded": allow_uncoded}
+    chosen = {"formats": _formats(formats), "seg_type": seg_type, "allow_uncoded": allow_uncoded}
     outputs = Outputs.checked(chosen, "--format")
     with Show(quiet, brief_s=1.0) as show:
         cases = find_cases(*images, series=series, resample_irregular=resample_irregular, progress=show)
@@ -680,11 +702,11 @@ def predict(
         results = predict_cases(predictor, cases, out, outputs=outputs, shard=part, overwrite=overwrite, progress=show)
     output = _console(stderr=False)
     failed = [result for result in results if result.status == "failed"]
-    if failed:
-        _table(output, ("failed case", "reason"), [(result.case, result.reason) for result in failed])
     kept = sum(result.status == "kept" for result in results)
-    output.print(f"{len(results) - len(failed)} masks in {out} ({kept} kept from before), {len(failed)} failed")
-    if failed:
+    masks = _count(len(results) - len(failed), "mask")
+    output.print(escape(f"{masks} in {out} ({kept} kept from before), {len(failed)} failed"))
+    if failed:  # each was told when it happened
+        output.print(escape(f"reasons: {out / f'cases{part.suffix if part else str()}.csv'}"))
         raise typer.Exit(3)
 
 
@@ -802,7 +824,10 @@ def evaluate(
     matched by their names, other masks by their values.
     """
     from medseg.evaluate import evaluate_folders
+    from medseg.folder import require_writable
 
+    for file in ("scores.csv", "evaluation.json"):
+        require_writable(out / file)
     names = _labels(labels)
     with Show(quiet) as show:
         result = evaluate_folders(
@@ -899,8 +924,11 @@ def stats(
     image that are touched, as one CSV table with a row a case and label. Nothing is resampled. Exit code 3 when cases
     could not be measured; their rows say why.
     """
+    from medseg.folder import require_writable
     from medseg.stats import measure_folders
 
+    if out:
+        require_writable(out)
     with Show(quiet) as show:
         result = measure_folders(
             image, mask, _labels(labels), show, series=series, resample_irregular=resample_irregular
@@ -1083,18 +1111,51 @@ def _print_plan(made: Plan, target: Path) -> None:
 
 def _print_scan(found: Scan) -> None:
     output = _console(stderr=False)
-    for study in dict.fromkeys(series.study_uid for series in found.series):
-        members = [series for series in found.series if series.study_uid == study]
-        output.print(f"study {study}")
-        header = ("series", "", "description", "slices", "size", "voxel mm", "axes", "transfer syntax", "")
-        _table(output, header, [_scan_row(series) for series in members])
-        for series in members:  # apart from the table, which would fold them in a narrow window: they are copied
-            output.print(escape(f"{series.name} = {series.key}"))
-        output.print()
+    rows = [_scan_row(series) for series in found.series]
+    widths = [max(map(cell_len, cells)) for cells in zip(_SCAN_HEADER, *rows, strict=True)]
+    fitting = (columns for columns in _SCAN_COLUMNS if sum(widths[c] + 2 for c in columns) - 2 <= output.width)
+    columns = next(fitting, _SCAN_COLUMNS[-1])
+    study = ""
+    for series, row in zip(found.series, rows, strict=True):
+        if series.study_uid != study:
+            _print_lines(
+                output, *([""] if study else []), f"study {series.study_uid}", _row(_SCAN_HEADER, widths, columns)
+            )
+            study = series.study_uid
+        _print_lines(output, _row(row, widths, columns), *_below(output, series, found.place, columns))
+    _print_lines(output, *([""] if found.series else []))
     for kind, count in found.passed_over.items():
-        output.print(escape(f"passed over: {count} {kind}"))
+        _print_lines(output, f"passed over: {count} {kind}")
     usable = sum(not series.reason for series in found.series)
-    output.print(f"{len(found.series)} series, {usable} usable")
+    _print_lines(output, f"{len(found.series)} series, {usable} usable")
+
+
+_SCAN_HEADER = ("series", "", "description", "slices", "size", "voxel mm", "axes", "transfer syntax", "")
+_SCAN_COLUMNS: tuple[tuple[int, ...], ...] = (tuple(range(9)), (0, 1, 2, 3, 4, 5, 6, 8), (0, 1, 4, 5))
+"""Those of a wide window, of a narrower one, and of one where description and state stand below the row."""
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], columns: Sequence[int]) -> str:
+    """Some cells of a row, none of them wrapped."""
+    return "  ".join(set_cell_size(cells[c], widths[c]) for c in columns).rstrip()
+
+
+def _below(output: Console, series: Series, place: Path, columns: Sequence[int]) -> Iterator[str]:
+    """What stands below the row of a series: what has no column, its UID, which is copied, and where it lies."""
+    notes = [series.reason] if series.reason else list(series.warnings)
+    if columns is _SCAN_COLUMNS[-1]:
+        state = "not usable" if series.reason else "usable"
+        notes = [series.description, ": ".join((state, *notes[:1])), *notes[1:]]
+    files = f"{_count(len(series.instances), 'file')} in {_folder_of(series, place)}"
+    for text in (*notes, series.key, files):
+        width = max(output.width - 2, 20)
+        for part in textwrap.wrap(_visible(text), width, break_long_words=False, break_on_hyphens=False):
+            yield f"  {part}"
+
+
+def _print_lines(output: Console, *lines: str) -> None:
+    for line in lines:
+        output.print(escape(line))
 
 
 def _scan_row(series: Series) -> tuple[str, ...]:
@@ -1103,9 +1164,22 @@ def _scan_row(series: Series) -> tuple[str, ...]:
     if grid:
         size, axes = "x".join(map(str, grid.shape)), grid.orientation
         spacing = "x".join(f"{length:.4g}" for length in grid.spacing)
-    state = f"not usable: {series.reason}" if series.reason else "; ".join(("usable", *series.warnings))
-    known = (series.name, series.modality, series.description)
-    return tuple(map(_visible, (*known, str(len(series.frames)), size, spacing, axes, series.syntax, state)))
+    known = (series.name, series.modality, series.description, str(len(series.frames)), size, spacing, axes)
+    return tuple(map(_visible, (*known, series.syntax, "not usable" if series.reason else "usable")))
+
+
+def _folder_of(series: Series, place: Path) -> str:
+    """The folder with all files of a series, in the folder or zip that was looked at."""
+    folders = set()
+    for instance in series.instances:
+        inside = PurePosixPath(instance.member) if instance.member else instance.path.relative_to(place)
+        folders.add(inside.parent.as_posix())
+    return posixpath.commonpath(folders) or "."
+
+
+def _no_series(found: Scan) -> str:
+    files = sum(found.passed_over.values())
+    return f"holds no DICOM series: {_count(files, 'file')} looked at, none of an image that belongs to a volume"
 
 
 def _scan_body(found: Scan) -> dict[str, Any]:
@@ -1119,6 +1193,8 @@ def _scan_body(found: Scan) -> dict[str, Any]:
                 "part": series.part,
                 "modality": series.modality,
                 "description": series.description,
+                "folder": _folder_of(series, found.place),
+                "files": len(series.instances),
                 "slices": len(series.frames),
                 "size": series.geometry and series.geometry.shape,
                 "spacing_mm": series.geometry and series.geometry.spacing,
@@ -1208,9 +1284,24 @@ def _megabytes(text: str, option: str = "--memory-budget") -> float:
     return float(match[1]) * (1024 if match[2].upper().startswith("G") else 1)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 or noun == "series" else f"{number} {noun}s"
+
+
 def _words(text: str) -> tuple[str, ...]:
     """The words of a list with commas."""
     return tuple(word for part in text.split(",") if (word := part.strip()))
+
+
+def _formats(text: str) -> tuple[MaskFormat, ...]:
+    """The formats of a list with commas."""
+    from medseg.cases import MASK_FORMATS
+
+    words = _words(text) or ("",)
+    for word in words:
+        if word not in MASK_FORMATS:
+            raise InputError("--format", f"{word!r} is no format", ", ".join(MASK_FORMATS))
+    return tuple(form for word in words for form in MASK_FORMATS if form == word)
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,24 @@ def writing_to(out: Path, shard: Shard | None = None) -> Iterator[None]:
     suffix = shard.suffix if shard else ""
     with _sole_writer(out, suffix), _log_file(out / f"log{suffix}.txt"):
         yield
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before long work for it; nothing is made.
+
+    Raises:
+        InputError: it is a folder; or the nearest folder above it that is there cannot be written to, or is a file.
+    """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir():
+        found = "is a folder"
+    elif not above.is_dir():
+        found = f"cannot be written: {above} is a file"
+    elif not os.access(above, os.W_OK):
+        found = f"cannot be written: no right to write in {above}"
+    else:
+        return
+    raise InputError(path, found, "a file to write", "give another name or folder with -o")
 
 
 @contextlib.contextmanager
@@ -85,7 +105,7 @@ def _held(out: Path) -> InputError:
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[None]:
     """Append what medseg logs to a file while the block runs, and how it ended if not well."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("medseg")
     before = logger.level
@@ -99,4 +119,20 @@ def _log_file(path: Path) -> Iterator[None]:
     finally:
         logger.setLevel(before)
         logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # what the disk has no room for; it was told when the line was written
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log that stops where its disk is full, and says so once; the run itself goes on."""
+
+    stopped = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name that logging gives it
+        """Tell of a failure of the disk elsewhere: on the console."""
+        failure = sys.exc_info()[1]
+        if not isinstance(failure, OSError):
+            super().handleError(record)
+        elif not self.stopped:
+            self.stopped = True
+            log.warning("%s: cannot be written: %s", self.baseFilename, failure.strerror)

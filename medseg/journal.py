@@ -23,7 +23,7 @@ import medseg
 from medseg import quality
 from medseg.cases import Shard
 from medseg.errors import InputError
-from medseg.records import Record, digest_file, write_bytes, write_json
+from medseg.records import Record, digest_file, failures_named, write_bytes, write_json
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +139,13 @@ class Journal:
         return [self.out / name for name, digest in others if _is(self.out / name, digest)]
 
     def add(self, record: Prediction) -> None:
-        """Write a line; on a line of its own even where a kill, or a full disk, cut the last one short."""
+        """Write a line; on a line of its own even where a kill, or a full disk, cut the last one short.
+
+        Raises:
+            OSError: it cannot be written, with the name of the journal.
+        """
         whole = not self.path.exists() or self.path.stat().st_size == 0 or _last_byte(self.path) == b"\n"
-        with self.path.open("a", encoding="utf-8") as file:
+        with failures_named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(("" if whole else "\n") + json.dumps(record.model_dump(mode="json")) + "\n")
             file.flush()
             os.fsync(file.fileno())  # before the mask has its name, also where the power fails

@@ -130,16 +130,32 @@ def replacing(path: Path) -> Iterator[Path]:
     The temporary file keeps the name's ending (writers choose the format by it; 50 characters of at most 4 bytes stay
     below the 255 bytes that a file name may have). It is synced to disk before the
     rename and the folder after it, so that a crash leaves the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written, with the name of ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name[-50:]}")
+    with failures_named(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def failures_named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """OSErrors of writing ``path`` carry its name: those without any (of a full disk), or with its temporary one."""
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as failure:
+        known = failure.filename not in (None, str(temporary), temporary)
+        if failure.errno is None or known:
+            raise
+        raise OSError(failure.errno, failure.strerror, str(path)) from failure
 
 
 def write_bytes(path: Path, content: bytes) -> None:

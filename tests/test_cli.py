@@ -155,8 +155,11 @@ def test_what_is_no_list_of_folds_is_refused(text: str) -> None:
         (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--engine", "steam"], "--engine"),
         (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--probabilities", "heart"], "the model has no heart"),
         (["predict", "EMPTY/*.nii", "-m", "PACKAGE", "-o", "OUT"], "matches no image"),
-        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--format", "nii.gz,jpeg"], "--format: formats.1"),
-        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--format", ","], "--format: formats"),
+        (
+            ["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--format", "nii.gz,jpeg"],
+            "'jpeg' is no format (expected nii.gz, dic",
+        ),
+        (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--format", ","], "--format: '' is no format"),
         (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--format", "dicom-seg"], "2 of 2 images are no DICOM"),
         (["predict", "DATA", "-m", "PACKAGE", "-o", "OUT", "--series", "T1"], "--series: picks series of DICOM"),
         (["predict", "DATA", "EMPTY", "-m", "PACKAGE", "-o", "OUT"], "holds no image among its 0 entries"),
@@ -206,7 +209,14 @@ def test_an_unknown_plan_field_is_answered_with_the_fields_there_are(phantom_dat
     ("failure", "code", "message"),
     [
         (ZeroDivisionError("a bug"), 1, "unexpected ZeroDivisionError: a bug"),
-        (PermissionError(13, "Permission denied", "OUT"), 1, "Permission denied: 'OUT'"),
+        (
+            PermissionError(13, "Permission denied", "OUT"),
+            1,
+            "error: OUT: permission denied. Give another place with -o",
+        ),
+        (OSError(28, "No space left on device", "OUT"), 1, "error: OUT: no space left on device. Make room; "),
+        (OSError(5, "Input/output error"), 1, "error: the disk: input/output error\n"),
+        (OSError("of a library"), 1, "error: of a library\n"),
         (TrainingError("step 3", "the loss is nan"), 1, "step 3: the loss is nan"),
         (InputError("file", "is [bold]odd[/bold]"), 2, "file: is [bold]odd[/bold]"),
         (KeyboardInterrupt(), 130, "interrupted: what is finished is kept"),
@@ -329,9 +339,10 @@ def test_predict_goes_on_after_a_bad_case_and_ends_with_3(
     (out / ".medseg-tmp-0-of-a-killed-run.nii.gz").touch()
     result = medseg_("predict", images, "-m", tiny_run.package, "-o", out)
     assert result.exit_code == 3
-    assert re.search(r"^broken +.*gzip", result.stdout, re.MULTILINE)
-    assert result.stdout.endswith(f"2 masks in {out} (0 kept from before), 1 failed\n")
-    assert "error: broken failed" in result.stderr
+    assert result.stdout == f"2 masks in {out} (0 kept from before), 1 failed\nreasons: {out / 'cases.csv'}\n"
+    assert (
+        len(re.findall(r"gzip", result.stderr)) == len(re.findall(r"^error: broken failed: ", result.stderr, re.M)) == 1
+    )
     written = {path.name for path in out.iterdir()} - {".lock"}
     beside = {"cases.csv", "journal.jsonl", "run.json", "log.txt", "dseg.tsv", "labels.csv", "labels.txt"}
     assert written == {"phantom_007.nii.gz", "phantom_008.nii.gz", *beside}
@@ -513,10 +524,10 @@ def test_scan_lists_what_is_there(study: Path) -> None:
         *(name, "CT", DESCRIPTION, "8", "20x16x8", "0.5x0.75x3", "PIR"),
         *("Explicit VR Little Endian", "usable"),
     ]
-    assert f"{name} = 1.2.3.1" in lines
-    echoes = [line for line in lines if line.endswith(("1.2.3.2[EchoTime=4.5]", "1.2.3.2[EchoTime=9]"))]
-    assert len({line.split(" = ")[0] for line in echoes}) == 2
-    assert len(re.findall(r"not usable: .*2.00 mm", result.stdout)) == 1
+    at = lines.index("  1.2.3.1")
+    assert (lines[at - 1].split()[0], lines[at + 1]) == (name, "  8 files in ct")
+    assert {"  1.2.3.2[EchoTime=4.5]", "  1.2.3.2[EchoTime=9]", "  8 files in mr4.5", "  8 files in mr9"} < set(lines)
+    assert len(re.findall(r"not usable\n  .*2.00 mm", result.stdout)) == 1
     assert "passed over: 1 no DICOM" in lines
     assert lines[-1] == "4 series, 3 usable"
     assert "\x1b" not in result.stdout
@@ -535,6 +546,7 @@ def test_scan_as_json_is_json_and_nothing_else(study: Path) -> None:
     assert re.fullmatch("series_[0-9a-f]{12}", ct.pop("name"))
     places = {"study_uid": "1.2.3", "uid": "1.2.3.1", "part": ""}
     grid = {"slices": 8, "size": [20, 16, 8], "spacing_mm": [0.5, 0.75, 3.0], "orientation": "PIR"}
+    places |= {"folder": "ct", "files": 8}
     facts = {"modality": "CT", "description": DESCRIPTION, "transfer_syntax": "Explicit VR Little Endian"}
     assert ct == {**places, **facts, **grid, "usable": True, "reason": "", "irregular": "", "warnings": []}
     (gap,) = (series for series in found["series"] if not series["usable"])
@@ -549,14 +561,71 @@ def test_scan_ends_with_0_where_all_is_usable_and_with_2_where_nothing_is(study:
     (tmp_path / "empty").mkdir()
     nothing = medseg_("dicom", "scan", tmp_path / "empty")
     assert (nothing.exit_code, nothing.stdout) == (2, "0 series, 0 usable\n")
+    assert "empty: holds no DICOM series: 0 files looked at" in nothing.stderr
     assert medseg_("dicom", "scan", tmp_path / "nowhere").exit_code == 2
 
 
-def test_long_uids_are_not_cut_off_in_a_narrow_window(tmp_path: Path, terminal: Terminal) -> None:
+@pytest.mark.parametrize("columns", [60, 80, 120, 200])
+def test_a_listing_is_wrapped_between_words_alone(
+    columns: int, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     uid = "1." + "2345678" * 8 + ".31416"  # 64 characters
-    write_series(tmp_path, np.ones((4, 4, 4), np.int16), uid=uid)
-    cli._print_scan(read.dicom.scan(tmp_path))
-    assert uid in terminal.getvalue().replace("\n", " ")
+
+    def described(dataset: Any, _: int) -> None:
+        dataset.SeriesDescription = "portal venous phase of the liver"
+
+    good, bad = tmp_path / "a" / "b", tmp_path / "a" / "c"
+    voxels, spacing, gaps = np.ones((16, 12, 8), np.int16), (0.8398, 0.8398, 2.5), [0, 1, 2, 3, 4, 5, 7, 8]
+    write_series(good, voxels, spacing=spacing, uid=uid, study_uid="1.2.3", change=described)
+    write_series(bad, voxels, offsets=gaps, uid="1.2.4.1", study_uid="1.2.3")
+    found = read.dicom.scan(tmp_path)
+    cli._print_scan(found)
+    text = terminal.getvalue()
+    lines = text.splitlines()
+    assert all(len(line) <= columns or line.strip() == uid for line in lines)
+    assert {"  8 files in a/b", "  8 files in a/c", f"  {uid}", "  1.2.4.1"} < set(lines)
+    (row,) = (line for line in lines if "0.8398x0.8398x2.5" in line)
+    usable, unusable = sorted(found.series, key=lambda series: series.reason)
+    assert row.split()[:2] == [usable.name, "CT"]
+    assert "16x12x8" in row
+    assert "portal venous phase of the liver" in text
+    assert unusable.reason in " ".join(text.split())
+    assert text.count("not usable") == 1
+    assert ("Explicit VR Little Endian" in text) == (columns == 200)
+
+
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: mode != os.W_OK or path != tmp_path
+    )  # root may write everywhere
+    for words in (
+        ["stats", study, study, "-o", tmp_path / "new" / "x.csv"],
+        ["evaluate", study, study, "-o", tmp_path],
+    ):
+        result = medseg_(*words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"no right to write in {tmp_path}" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_names_the_file_and_what_to_do(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask, out = tmp_path / "mask.nii.gz", tmp_path / "x.csv"
+    image = read.read_volume(study / "ct")
+    read.write_mask(Mask(np.ones(image.geometry.shape, np.uint8), image.geometry), mask)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = medseg_("stats", study / "ct", mask, "-o", out, "-q")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {out}: no space left on device. Make room; ")
+    assert "medseg-tmp" not in result.stderr
 
 
 def test_a_mask_becomes_a_segmentation_and_is_measured_and_scored(study: Path, tmp_path: Path) -> None:
@@ -568,7 +637,7 @@ def test_a_mask_becomes_a_segmentation_and_is_measured_and_scored(study: Path, t
     (tmp_path / "dseg.tsv").write_text("index\tname\n1\tliver\n")
     words = ("--reference", study, "--labels", tmp_path / "dseg.tsv")
     shutil.rmtree(study / "gap")
-    assert "1.2.3.2[EchoTime=9]" in medseg_("convert", mask, "-o", seg, *words).stderr  # several: which one?
+    assert "EchoTime=9" in medseg_("convert", mask, "-o", seg, *words).stderr  # several: which one?
     made = medseg_("convert", mask, "-o", seg, *words, "--series", "*portal*")
     assert (made.exit_code, made.stdout, made.stderr) == (0, f"mask: {seg}\n", "")
     refused = medseg_("convert", mask, "-o", seg, *words, "--series", "*portal*")
@@ -597,7 +666,7 @@ def test_check_says_which_images_cannot_be_segmented(study: Path, scans: Path) -
     assert result.exit_code == 3
     (row,) = re.findall(r"^(series_\w+) +unreadable +unusable +(.*)", result.stdout, re.MULTILINE)
     assert "2.00 mm" in row[1]
-    assert result.stdout.endswith("4 cases checked: 1 unusable, 1 findings in all\n")
+    assert result.stdout.endswith("4 cases checked: 1 unusable, 1 finding in all\n")
     assert medseg_("check", study / "ct").exit_code == 0
     assert medseg_("check", scans).exit_code == 0
     (scans / "b.nii.gz").write_bytes(b"no image")

@@ -17,6 +17,7 @@ from medseg.records import (
     Record,
     digest_file,
     digest_of,
+    failures_named,
     read_json,
     remove_leftovers,
     replacing,
@@ -181,10 +182,27 @@ def _write_half_and_fail(path: Path) -> None:
 def test_a_failing_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "result.txt"
     write_text(path, "old")
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         _write_half_and_fail(path)
+    assert caught.value.filename == str(path)  # not the temporary one
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_has_the_name_of_the_file_that_was_wanted(tmp_path: Path) -> None:
+    path, other = tmp_path / "result.txt", tmp_path / "none"
+    with pytest.raises(FileNotFoundError) as caught, replacing(path) as outer, replacing(outer) as inner:
+        inner.rename(other)  # it was never written
+    assert caught.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as caught, replacing(path):
+        other.read_text()  # another file: its name stays
+    assert caught.value.filename == str(other)
+    with pytest.raises(OSError, match=r"^of a library$"), failures_named(path):
+        raise OSError("of a library")
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as folder:
+        write_text(path, "x")
+    assert folder.value.filename == str(path)
 
 
 def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:

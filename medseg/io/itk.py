@@ -6,6 +6,7 @@ else.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,20 @@ read_labels = read
 
 
 def write(mask: Mask, path: Path) -> None:
-    """Write a mask, compressed, atomically. ``.mhd`` has its voxels in a second file and is refused."""
+    """Write a mask, compressed, atomically. ``.mhd`` has its voxels in a second file and is refused.
+
+    Raises:
+        InputError: a ``.mhd``, or SimpleITK is not installed.
+        OSError: the file cannot be written.
+    """
     if path.name.lower().endswith(".mhd"):
         raise InputError(path, "a .mhd is two files, which cannot be replaced at once", ".mha, .nrrd or .nii.gz")
     with replacing(path) as temporary:
-        _simpleitk().WriteImage(to_simpleitk(mask), str(temporary), useCompression=True)
+        temporary.touch()  # where this may not be, the system says why; SimpleITK does not
+        try:
+            _simpleitk().WriteImage(to_simpleitk(mask), str(temporary), useCompression=True)
+        except RuntimeError:
+            raise OSError(errno.EIO, "SimpleITK cannot write it all; is there room?", str(temporary)) from None
 
 
 def from_simpleitk(image: Any) -> Volume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,3 +97,25 @@ def test_the_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     with pytest.raises(InputError, match=r"Pip install 'medseg\[itk\]'|pip install 'medseg\[itk\]'"):
         read_volume(tmp_path / "a.mha")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits of a process")
+def test_a_disk_without_room_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys, numpy as np\n"
+        "from pathlib import Path\n"
+        "from medseg.geometry import Geometry\n"
+        "from medseg.io import itk\n"
+        "from medseg.volume import Mask\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "array = np.random.default_rng(0).integers(0, 200, (32, 32, 32)).astype(np.uint8)\n"
+        "try:\n"
+        "    itk.write(Mask(array, Geometry(array.shape, np.eye(4))), Path(sys.argv[1]))\n"
+        "except OSError as failure:\n"
+        "    sys.stdout.write(f'{failure.filename} {failure.strerror}')\n"
+    )
+    path = tmp_path / "x.mha"
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert result.stdout == f"{path} SimpleITK cannot write it all; is there room?", result.stderr
+    assert list(tmp_path.iterdir()) == []
