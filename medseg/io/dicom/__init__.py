@@ -27,7 +27,7 @@ from medseg.geometry import Geometry
 from medseg.io.dicom import frames as files
 from medseg.io.dicom import pixels, stack
 from medseg.io.dicom.archive import UNSEEN, Instance, Reader, instances
-from medseg.io.dicom.frames import MISSED, Frame, Image, headers_of, image_of
+from medseg.io.dicom.frames import MISSED, Frame, Image, headers_of, image_of, uid_of
 from medseg.io.dicom.parts import Part, parts_of, planes_of
 from medseg.progress import Progress, silent, track
 from medseg.volume import Volume
@@ -41,6 +41,7 @@ SUFFIXES: tuple[str, ...] = (".dcm", ".zip")
 
 _log = logging.getLogger("medseg.io.dicom")
 _HEAD = 1 << 16  # bytes of a damaged file in which the UID of its series is looked for
+_PAGES, _SLICES = 2, 5  # so many files that lie nowhere are left out, among so many that lie somewhere
 _NOBODY = ""  # instead of a UID: it may be a file of any series
 _LISTED = "list what there is with 'medseg dicom scan'"
 
@@ -312,13 +313,21 @@ def headers(series: Series) -> Sequence[Any]:
 def _series_of(place: Path, images: list[Image], reader: Reader, lost: Counter[str]) -> list[Series]:
     """The series of the images with one UID, one for each volume among them."""
     kept, notes, fault = _without_copies(images, reader)
+    kept = _without_pages(kept, notes)
     if count := lost[kept[0].series_uid]:
         fault = f"{count} of its files cannot be read"
     if count := lost[_NOBODY]:
         notes.append(f"{count} files or folders beside its own cannot be read: slices may be missing at its ends")
     frames = [frame for image in kept for frame in image.frames]
-    if len({image.frame_uid for image in kept if image.frame_uid}) > 1:
+    referred = Counter(image.frame_uid for image in kept for _ in image.frames if image.frame_uid)
+    if sum(count > 1 for count in referred.values()) > 1:
         fault = fault or "its slices have several frames of reference"
+    elif len(referred) > 1:  # some anonymisers make up one a file
+        kept = [replace(image, frame_uid="") for image in kept]
+        notes.append(f"{len(referred)} frames of reference in one series: taken as none")
+    if any(image.replaced for image in kept):
+        notes.append("its UIDs are none of DICOM: digests stand for them")
+    notes += sorted({image.note for image in kept} - {""})
     if fault := fault or _unplaced(frames):
         return [_series(place, kept, Part("", frames, fault), notes)]
     found = parts_of(frames, lambda frame: pixels.digest(reader, frame))
@@ -329,9 +338,8 @@ def _owners(missed: Sequence[Instance], uids: set[str], reader: Reader) -> Count
     """How many damaged files there are of each series, by the UIDs in them; of ``_NOBODY`` where they have none."""
     found: Counter[str] = Counter()
     for instance in missed:
-        head = reader.head(instance, _HEAD)
-        mine = [uid for uid in uids if re.search(rb"(?<![0-9.])" + re.escape(uid.encode()) + rb"(?![0-9.])", head)]
-        found.update(mine or [_NOBODY])
+        texts = re.findall(rb"[0-9.]+|[!-~]+", reader.head(instance, _HEAD))
+        found.update({uid_of(text.decode()) for text in texts} & uids or [_NOBODY])
     return found
 
 
@@ -347,8 +355,33 @@ def _without_copies(images: list[Image], reader: Reader) -> tuple[list[Image], l
 
 
 def _same(one: Image, other: Image, reader: Reader) -> bool:
-    planes = [[(frame.plane, frame.slope, frame.intercept) for frame in image.frames] for image in (one, other)]
-    return planes[0] == planes[1] and pixels.digest(reader, one.frames[0]) == pixels.digest(reader, other.frames[0])
+    """Whether two files hold one image; archives store some raw, and beside it compressed."""
+    if [_facts(frame) for frame in one.frames] != [_facts(frame) for frame in other.frames]:
+        return False
+    if pixels.digest(reader, one.frames[0]) == pixels.digest(reader, other.frames[0]):
+        return True
+    if one.frames[0].encoding.syntax == other.frames[0].encoding.syntax or one.fault or other.fault:
+        return False
+    try:
+        return pixels.decoded_digest(reader, one.frames) == pixels.decoded_digest(reader, other.frames)
+    except UnreadableFile:
+        return False
+
+
+def _facts(frame: Frame) -> tuple[object, ...]:
+    """Where a frame lies and what its stored numbers stand for."""
+    encoding, table = frame.encoding, frame.table and (frame.table[0], frame.table[1].tobytes())
+    return frame.plane, frame.slope, frame.intercept, table, encoding.range, encoding.inverted
+
+
+def _without_pages(images: list[Image], notes: list[str]) -> list[Image]:
+    """Images without a page or two among them that lie nowhere, as of a scanner's protocol; which is noted."""
+    lost = [image for image in images if len(image.frames) == 1 and not image.frames[0].plane]
+    placed = [image for image in images if all(frame.plane for frame in image.frames)]
+    if not 0 < len(lost) <= _PAGES or len(placed) < _SLICES or len(placed) + len(lost) < len(images):
+        return images
+    notes.append(f"{len(lost)} files have no position, orientation and pixel spacing that can be used: left out")
+    return placed
 
 
 def _unplaced(frames: Sequence[Frame]) -> str:
@@ -389,18 +422,32 @@ def _series(place: Path, images: list[Image], part: Part, notes: list[str]) -> S
 
 def _reason(part: Part, images: list[Image], laid: stack.Stack) -> tuple[str, bool]:
     """Why a part cannot be read, and whether a fault of a file is the reason."""
-    if part.reason:
-        return part.reason, False
     mine = {frame.instance for frame in part.frames}
     for image in images:
         if image.fault and image.frames[0].instance in mine:
             return f"instance {image.uid} {image.fault}", image.damaged
+    if part.reason:
+        return part.reason, False
     for frame in part.frames:
         if missing := pixels.undecodable(frame.encoding.syntax):
             return missing, True
     if any(frame.slope == 0 for frame in part.frames) and not any(frame.slope for frame in part.frames):
         return "the rescale slope is 0: every voxel would have one value", True
+    if fault := _unscaled(part.frames):
+        return fault, True
     return laid.reason, False
+
+
+def _unscaled(frames: Sequence[Frame]) -> str:
+    """Why the values of slices are of several scales, where some lack the scale that others have."""
+    tables = sum(frame.table is not None for frame in frames)
+    if 0 < tables < len(frames):
+        return f"{tables} of {len(frames)} slices have a table of modality values, and the others none"
+    for what, neutral in (("slope", 1.0), ("intercept", 0.0)):
+        found = [getattr(frame, what) for frame in frames]
+        if None in found and not set(found) <= {None, neutral}:
+            return f"{found.count(None)} of {len(found)} slices have no rescale {what}, and the others have one"
+    return ""
 
 
 def _step(frames: Sequence[Frame]) -> float:
@@ -414,7 +461,7 @@ def _oddities(frames: Sequence[Frame], modality: str) -> list[str]:
     if any(frame.encoding.inverted for frame in frames):
         turned = any(_turned(frame, modality) for frame in frames)
         odd.append(f"MONOCHROME1: {'turned, so that brighter is more' if turned else 'values have a unit and stay'}")
-    if modality == "CT" and any(frame.slope is None and frame.table is None for frame in frames):
+    if modality == "CT" and any(frame.intercept is None and frame.table is None for frame in frames):
         odd.append("CT without rescale intercept: values may not be Hounsfield units")
     return odd
 

@@ -7,6 +7,7 @@ be a patient's. What cannot be parsed counts as missing.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import re
@@ -14,7 +15,7 @@ import threading
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, BinaryIO
@@ -31,7 +32,7 @@ MAX_IMAGE_BYTES = 2**36
 
 UNREADABLE = "unreadable file"
 """Kind of what is DICOM and cannot be read."""
-MISSED = (UNREADABLE, "file without valid UIDs", "no DICOM in spite of its name")
+MISSED = (UNREADABLE, "file without UIDs", "no DICOM in spite of its name")
 """Kinds of what may be a slice."""
 
 _UID = re.compile(r"[0-9.]{1,64}")  # with zeros before a component too, as some scanners and anonymisers write them
@@ -70,6 +71,13 @@ _KINDS = {
     "1.2.840.10008.5.1.4.1.1.481": "radiotherapy object",
 }
 """SOP classes (PS3.4 B.5), and with them those whose UID goes on, that are passed over."""
+_CAPTURES = ("1.2.840.10008.5.1.4.1.1.7.2", "1.2.840.10008.5.1.4.1.1.7.3")
+"""Multi-frame grayscale secondary capture: a volume where every frame has its plane (PS3.3 A.8.3, A.8.4)."""
+_ELSEWHERE = {
+    "1.2.840.10008.5.1.4.1.1.20": "nuclear medicine",
+    "1.2.840.10008.5.1.4.1.1.6.2": "enhanced ultrasound",
+}
+"""SOP classes that say where their frames lie by detectors, or in the coordinates of a probe."""
 _SCANS = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2|4|128|130)(\.\d)?")  # CT, MR and PET: without Rows, cut short
 _VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10\d(\.\d+)?")  # MPEG and HEVC, PS3.5 A.4.5 to A.4.12
 _PIXELS = {0x7FE00010: "PixelData", 0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData"}
@@ -118,9 +126,15 @@ _WANTED = [
     *(_POSITION, _ORIENTATION, _SPACING, _THICKNESS, _BETWEEN, _INTERCEPT, _SLOPE, _RESCALE_TYPE, _TABLE),
     *(_SIEMENS, _SIEMENS_TILES, _UNITED, _UNITED_TILES, *ATTRIBUTES.values()),
 ]
-_OF_FRAMES = frozenset(
-    (_POSITION, _ORIENTATION, _SPACING, _THICKNESS, _BETWEEN, _INTERCEPT, _SLOPE, _RESCALE_TYPE, *ATTRIBUTES.values())
-)
+_MEASURES, _TRANSFORMATION = 0x00289110, 0x00289145
+_MACROS = {
+    _POSITION: 0x00209113,
+    _ORIENTATION: 0x00209116,
+    **dict.fromkeys((_SPACING, _THICKNESS, _BETWEEN), _MEASURES),
+    **dict.fromkeys((_INTERCEPT, _SLOPE, _RESCALE_TYPE), _TRANSFORMATION),
+}
+"""In which functional group (PS3.3 C.7.6.16.2) the geometry and scale of a frame stand; elsewhere they mean another."""
+_OF_FRAMES = frozenset((*_MACROS, *ATTRIBUTES.values()))
 _Elements = Mapping[int, Any]
 
 
@@ -187,7 +201,7 @@ class Frame:
         encoding: how its pixels are stored.
         plane: where it lies; None where the header does not say.
         thickness, between: Slice Thickness and Spacing Between Slices, mm; 0 where unknown.
-        slope, intercept: of rescaling; None for both where there is none, NaN where one is no number.
+        slope, intercept: of rescaling; None where missing, NaN where it is no number.
         table: look-up table of modality values: first stored value that it maps, and the values.
         unit: Rescale Type.
         attributes: values of ``ATTRIBUTES``: numbers as float, others as text.
@@ -212,12 +226,15 @@ class Image:
     """A file with an image.
 
     Attributes:
-        uid, series_uid, study_uid, frame_uid: of the file, its series, its study and its frame of reference.
+        uid, series_uid, study_uid, frame_uid: of the file, its series, its study and its frame of reference; what is
+            no UID is replaced by one, see ``uid_of``.
         modality: CT, MR, ...
         description: of the series; free text.
         frames: its slices; of a multi-frame file without a place for each, the first alone.
         fault: why its pixels cannot be used; empty where they can.
         damaged: whether that is a fault of the file.
+        replaced: whether one of its UIDs was none.
+        note: what was assumed about it.
     """
 
     uid: str
@@ -229,6 +246,18 @@ class Image:
     frames: tuple[Frame, ...]
     fault: str = ""
     damaged: bool = False
+    replaced: bool = False
+    note: str = ""
+
+
+def uid_of(text: str) -> str:
+    """A UID as it is, or one out of the digest of what should be one: public data sets have such as ``ID_18f2``.
+
+    The text itself goes nowhere, as it may be a name or lead out of a folder. Of an empty text, nothing.
+    """
+    if not text or _UID.fullmatch(text):
+        return text
+    return f"2.25.{int(hashlib.sha256(text.encode()).hexdigest(), 16)}"[:44]  # PS3.5 B.2: 39 digits at the most
 
 
 @contextlib.contextmanager
@@ -399,19 +428,31 @@ def _image_of(stream: BinaryIO, size: int, instance: Instance, *, inflated: bool
         return UNREADABLE
     if kind := _kind(header, sop_class, syntax):
         return kind
-    uids = [_text(header, tag) for tag in (_SOP_UID, _SERIES_UID, _STUDY_UID, _FRAME_UID)]
-    if not all(_UID.fullmatch(uid) for uid in (*uids[:3], uids[3] or "0")):
+    given = [_text(header, tag) for tag in (_SOP_UID, _SERIES_UID, _STUDY_UID, _FRAME_UID)]
+    if not all(given[:3]):
         return MISSED[1]
+    uid, series_uid, study_uid, frame_uid = uids = [uid_of(text) for text in given]
     encoding = _encoding(header, _element(stream, size, bool(implicit), bool(little)), syntax, bool(little))
-    frames = _frames(instance, uids[0], encoding, header, groups, table)
-    fault, broken = _fault(encoding, len(frames))
-    if _number(header, _SIGNED, 0) not in (0, 1):
-        fault, broken = "does not say whether its pixels are signed", True
-    elif any(math.isnan((frame.slope or 0.0) + (frame.intercept or 0.0)) for frame in frames):
-        fault, broken = "has a rescale slope or intercept that is no number", True
-    modality = _code(header, _MODALITY)
-    uid, series, study, frame_of_reference = uids
-    return Image(uid, series, study, frame_of_reference, modality, description, frames, fault, broken)
+    frames = _frames(instance, uid, encoding, header, groups, table)
+    placed = all(frame.plane for frame in frames)
+    if sop_class in _CAPTURES and not (placed and groups[1]):
+        return "secondary capture"
+    fault, broken = _fault(encoding, frames, _number(header, _SIGNED) in (0, 1))
+    if sop_class in _ELSEWHERE and not placed:
+        fault, broken = f"is of {_ELSEWHERE[sop_class]}: the position of its slices is given in another way", False
+    return Image(
+        uid,
+        series_uid,
+        study_uid,
+        frame_uid,
+        modality=_code(header, _MODALITY),
+        description=description,
+        frames=frames,
+        fault=fault,
+        damaged=broken,
+        replaced=uids != given,
+        note="" if _text(header, _PHOTOMETRIC) else "no Photometric Interpretation: taken as MONOCHROME2",
+    )
 
 
 def _native(implicit: bool | None, little: bool | None) -> str:
@@ -422,13 +463,13 @@ def _native(implicit: bool | None, little: bool | None) -> str:
 def _kind(header: _Elements, sop_class: str, syntax: str) -> str:
     """What is passed over; empty for images."""
     kinds = [kind for uid, kind in _KINDS.items() if sop_class == uid or sop_class.startswith(uid + ".")]
-    if kinds:
+    if kinds and sop_class not in _CAPTURES:
         return kinds[-1]
     if _VIDEO.fullmatch(syntax):
         return "video"
     if not (_number(header, _ROWS) and _number(header, _COLUMNS)):
         return UNREADABLE if not sop_class or _SCANS.fullmatch(sop_class) else "other DICOM object"
-    if _number(header, _SAMPLES, 1) != 1 or not _text(header, _PHOTOMETRIC).startswith("MONOCHROME"):
+    if _number(header, _SAMPLES, 1) != 1 or not (_text(header, _PHOTOMETRIC) or "MONOCHROME2").startswith("MONOCHROME"):
         return "colour image"
     types = _text(header, _IMAGE_TYPE).split("\\")
     if "MOSAIC" in types or _is_mosaic(header):
@@ -489,7 +530,16 @@ def _encoding(header: _Elements, element: tuple[str, int, int | None, int], synt
     )
 
 
-def _fault(encoding: Encoding, frames: int) -> tuple[str, bool]:
+def _fault(encoding: Encoding, frames: Sequence[Frame], is_signed_or_not: bool) -> tuple[str, bool]:
+    """Why the values of a file cannot be used, and whether the file is damaged."""
+    if not (encoding.is_float or is_signed_or_not):  # Pixel Representation is of type 1: PS3.3 C.7.6.3
+        return "does not say whether its pixels are signed", True
+    if any(math.isnan((frame.slope or 0.0) + (frame.intercept or 0.0)) for frame in frames):
+        return "has a rescale slope or intercept that is no number", True
+    return _fault_of_pixels(encoding, len(frames))
+
+
+def _fault_of_pixels(encoding: Encoding, frames: int) -> tuple[str, bool]:
     """Why the pixels of a file cannot be used, and whether the file is damaged."""
     e = encoding
     if not e.keyword:
@@ -497,7 +547,7 @@ def _fault(encoding: Encoding, frames: int) -> tuple[str, bool]:
     if e.frames != frames:
         return f"has {e.frames} frames, and a header for {frames} of them", False
     if not e.is_float and not (e.allocated in (8, 16, 32) and 0 < e.stored <= e.high + 1 <= e.allocated):
-        return f"has {e.stored} bits of {e.allocated} a pixel", False
+        return f"has {e.stored} bits of {e.allocated} a pixel, the highest of them bit {e.high}", False
     if e.allocated == 8 and not e.little_endian:
         return "has 8 bits a pixel in big-endian words", False
     claimed = e.frames * e.frame_bytes
@@ -537,7 +587,8 @@ def _macros(groups: Any) -> dict[int, Any]:
     for tag in _elements(groups):
         if not tag >> 16 & 1:
             for item in _items(groups, tag)[:1]:
-                found.update((t, element) for t, element in _elements(item).items() if t in _OF_FRAMES)
+                mine = {t: element for t, element in _elements(item).items() if t in _OF_FRAMES}
+                found.update((t, element) for t, element in mine.items() if _MACROS.get(t, tag) == tag)
     return found
 
 
@@ -563,8 +614,6 @@ def _frame(
     table: tuple[int, NDArray[Any]] | None,
 ) -> Frame:
     attributes = {name: value for name, tag in ATTRIBUTES.items() if (value := _value(elements, tag)) is not None}
-    slope, intercept = _scale(elements, _SLOPE), _scale(elements, _INTERCEPT)
-    rescaled = slope is not None or intercept is not None
     return Frame(
         instance,
         number,
@@ -573,8 +622,8 @@ def _frame(
         _plane(elements, encoding),
         abs(_number(elements, _THICKNESS) or 0.0),
         abs(_number(elements, _BETWEEN) or 0.0),
-        1.0 if rescaled and slope is None else slope,
-        0.0 if rescaled and intercept is None else intercept,
+        _scale(elements, _SLOPE),
+        _scale(elements, _INTERCEPT),
         table,
         _code(elements, _RESCALE_TYPE),
         attributes,

@@ -31,6 +31,7 @@ _DECODERS = {
 _LOSSY = frozenset(f"1.2.840.10008.1.2.4.{end}" for end in (50, 51, 81, 91, 203))
 _ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"  # tags of encapsulated fragments, PS3.5 A.4
 _END_OF_IMAGE = b"\xff\xd9"  # EOI of JPEG and JPEG-LS, EOC of JPEG 2000
+_MOST_BEHIND = 16  # bytes that some writers leave behind the end of a stream; it stands in no stream before its end
 _KINDS = (np.uint8, np.int16, np.uint16, np.int32, np.int64)
 _MOST_RUN = 64  # times that run lengths expand: two bytes stand for 128 at the most (PS3.5 G.3.1)
 _TILE = 1024  # pixels: a stream in smaller pieces is no image of a scanner, and asks for memory by their number
@@ -166,6 +167,19 @@ def digest(reader: Reader, frame: Frame) -> bytes:
     return found.digest()
 
 
+def decoded_digest(reader: Reader, frames: Sequence[Frame]) -> bytes:
+    """SHA-256 of the decoded pixels of frames of one file, which is the same however they are compressed.
+
+    Raises:
+        UnreadableFile: the file is damaged, or no decoder of its compression is installed.
+    """
+    found = hashlib.sha256()
+    for number, plane in read(reader, {frame.number: frame for frame in frames}):
+        found.update(repr((number, plane.shape)).encode())
+        found.update(plane.astype(np.float64 if plane.dtype.kind == "f" else np.int64).tobytes())
+    return found.digest()
+
+
 def _decoder(syntax: str) -> Callable[[bytes], NDArray[Any]] | None:
     """What decodes a frame of a syntax; None where it is not installed."""
     try:
@@ -248,14 +262,15 @@ def _decoded(content: bytes, encoding: Encoding) -> NDArray[Any] | None:
         if encoding.frame_bytes > _MOST_RUN * len(content):
             return None
         return _in_bits(_run_lengths(content, encoding), encoding)
+    end = content.find(_END_OF_IMAGE, max(0, len(content.rstrip(b"\0")) - len(_END_OF_IMAGE) - _MOST_BEHIND))
     stream, decode = _stream_of(content), _decoder(encoding.syntax)
-    if stream is None or decode is None or not content.rstrip(b"\0").endswith(_END_OF_IMAGE):
+    if stream is None or decode is None or end < 0:
         return None  # decoders make up what is missing at the end
     if (stream.rows, stream.columns, stream.components) != (encoding.rows, encoding.columns, 1):
         return None
     if not 0 < stream.bits <= encoding.allocated or stream.tiles > 1 + stream.rows * stream.columns // _TILE:
         return None
-    plane = decode(content).reshape(encoding.rows, encoding.columns)
+    plane = decode(content[: end + len(_END_OF_IMAGE)]).reshape(encoding.rows, encoding.columns)
     if (plane.dtype.kind == "i") != encoding.signed:
         plane = _as_signed(plane.astype(np.int64), min(stream.bits, encoding.stored), encoding.signed)
     low, high = encoding.range

@@ -31,6 +31,10 @@ PERPENDICULAR = 1e-3
 """1 less the cosine between the line of slices and their normal, up to which they count as straight."""
 PARALLEL = 1e-3
 """Largest difference of a direction cosine between slices of one orientation: 0.5 mm over 500 mm."""
+UPRIGHT = 2e-3
+"""Largest cosine between rows and columns: what rounding of directions to three decimals makes of 0."""
+SAME_SIZE = 5e-4
+"""Part by which pixel spacings of slices may differ: 0.7 mm are the 0.7001 mm of another computer's rounding."""
 SAME_PLACE_MM = 0.01
 """Slices nearer than this, or than a tenth of a pixel, repeat a position."""
 MAX_TILT = 45.0
@@ -93,7 +97,9 @@ def differing(planes: Sequence[Plane]) -> str:
     """Why slices are not parallel and of one size; empty where they are."""
     first = planes[0]
     x, y = np.array(first.orientation[:3]), np.array(first.orientation[3:])
-    if max(abs(np.linalg.norm(x) - 1), abs(np.linalg.norm(y) - 1)) > 1e-2 or abs(x @ y) > 1e-3:
+    if max(abs(np.linalg.norm(x) - 1), abs(np.linalg.norm(y) - 1)) > 1e-2 or abs(x @ y) > UPRIGHT:
+        if (np.round(first.orientation, 2) == first.orientation).all() and abs(x @ y) < 10 * UPRIGHT:
+            return "the directions of rows and columns are too coarsely rounded: they are not perpendicular"
         return "the directions of rows and columns are not perpendicular unit vectors"
     turned = np.abs(np.array([plane.orientation for plane in planes]) - first.orientation).max(axis=1)
     if turned.max() > PARALLEL:
@@ -103,7 +109,7 @@ def differing(planes: Sequence[Plane]) -> str:
     if len(sizes) > 1:
         return f"slices of {len(sizes)} sizes: {', '.join(f'{c}x{r}' for c, r in sorted(sizes)[:4])} pixels"
     spacings = np.array([plane.spacing for plane in planes])
-    if np.abs(spacings / spacings[0] - 1).max() > 1e-4:
+    if np.abs(spacings / spacings[0] - 1).max() > SAME_SIZE:
         return f"slices of several pixel sizes, {spacings.min():.4g} to {spacings.max():.4g} mm"
     return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Imp
 
 from medseg.errors import UnreadableFile
 from medseg.io.dicom.archive import Instance, Reader
-from medseg.io.dicom.frames import UNREADABLE, Image, data_of, headers_of, image_of, silent
+from medseg.io.dicom.frames import UNREADABLE, Image, data_of, headers_of, image_of, silent, uid_of
 
 ARRAY = np.arange(60, dtype=np.int16).reshape(5, 4, 3)
 
@@ -103,14 +104,96 @@ def test_frames_without_a_place_each(tmp_path: Path) -> None:
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour image"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localizer"),
         ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]}, "mosaic"),
-        ({"SeriesInstanceUID": "../../etc/x"}, "file without valid UIDs"),
-        ({"SOPInstanceUID": "1" * 65}, "file without valid UIDs"),
-        ({"FrameOfReferenceUID": "JANE DOE"}, "file without valid UIDs"),
-        ({"StudyInstanceUID": None}, "file without valid UIDs"),
+        ({"SOPInstanceUID": ""}, "file without UIDs"),
+        ({"StudyInstanceUID": None}, "file without UIDs"),
     ],
 )
 def test_what_is_passed_over(values: dict[str, Any], kind: str, tmp_path: Path) -> None:
     assert changed(tmp_path, **values) == kind
+
+
+@pytest.mark.parametrize("value", ["../../etc/x", "1" * 65, "JANE DOE", "ID_18f2d431a9"])
+@pytest.mark.parametrize("keyword", ["SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"])
+def test_what_is_no_uid_is_replaced_by_one(keyword: str, value: str, tmp_path: Path) -> None:
+    image = changed(tmp_path, **{keyword: value})
+    assert isinstance(image, Image)
+    assert image.replaced
+    assert value not in repr(image)
+    uids = (image.uid, image.series_uid, image.study_uid, image.frame_uid)
+    assert uid_of(value) in uids
+    assert all(re.fullmatch(r"[0-9.]{1,64}", uid) for uid in uids)
+
+
+def test_the_uid_for_what_is_none() -> None:
+    assert uid_of("ID_18f2d431a9") == uid_of("ID_18f2d431a9") != uid_of("ID_18f2d431a8")
+    assert re.fullmatch(r"2\.25\.[1-9][0-9]{38}", uid_of("ID_18f2d431a9"))
+    assert [uid_of(text) for text in ("", "1.2.840", "1" * 64)] == ["", "1.2.840", "1" * 64]
+
+
+def test_no_photometric_interpretation(tmp_path: Path) -> None:
+    image = changed(tmp_path / "one", PhotometricInterpretation=None)
+    assert isinstance(image, Image)
+    assert (image.fault, image.note) == ("", "no Photometric Interpretation: taken as MONOCHROME2")
+    assert changed(tmp_path / "three", PhotometricInterpretation=None, SamplesPerPixel=3) == "colour image"
+
+
+@pytest.mark.parametrize("uid", ["1.2.840.10008.5.1.4.1.1.7.2", "1.2.840.10008.5.1.4.1.1.7.3"])
+def test_secondary_capture_with_planes_is_a_volume(uid: str, tmp_path: Path) -> None:
+    def captured(dataset: Dataset, k: int) -> None:
+        dataset.SOPClassUID = uid
+
+    def unplaced(dataset: Dataset, k: int) -> None:
+        captured(dataset, k)
+        del dataset.PerFrameFunctionalGroupsSequence[1].PlanePositionSequence
+
+    image = seen(write_enhanced(tmp_path / "a", ARRAY, change=captured))
+    assert isinstance(image, Image)
+    assert len(image.frames) == 3
+    assert not image.fault
+    assert seen(write_enhanced(tmp_path / "b", ARRAY, change=unplaced)) == "secondary capture"
+
+
+def test_a_frame_is_scaled_and_placed_by_its_own_groups_alone(tmp_path: Path) -> None:
+    """Other groups may repeat an attribute with another meaning, as that of the images that a frame is derived from."""
+
+    def change(dataset: Dataset, k: int) -> None:
+        other = Dataset()
+        other.RescaleSlope, other.RescaleIntercept, other.RescaleType = 7, 7, "US"
+        other.ImagePositionPatient, other.ImageOrientationPatient = [9, 9, 9], [0, 1, 0, 0, 0, -1]
+        other.PixelSpacing, other.SliceThickness = [9, 9], 9
+        for item in dataset.PerFrameFunctionalGroupsSequence:
+            item.RealWorldValueMappingSequence = [other]  # (0040,9096), behind those that count
+            item.DerivationImageSequence = [other]  # (0008,9124), before them
+
+    image = seen(write_enhanced(tmp_path, ARRAY, slope=2, intercept=3, change=change))
+    assert isinstance(image, Image)
+    assert {(frame.slope, frame.intercept, frame.thickness) for frame in image.frames} == {(2.0, 3.0, 1.0)}
+    planes = [frame.plane for frame in image.frames if frame.plane]
+    assert sorted(plane.position for plane in planes) == [(0, 0, 0), (0, 0, 1), (0, 0, 2)]
+    assert {(plane.orientation, plane.spacing) for plane in planes} == {((1, 0, 0, 0, 1, 0), (1, 1))}
+
+
+@pytest.mark.parametrize(
+    ("uid", "kind"),
+    [("1.2.840.10008.5.1.4.1.1.20", "nuclear medicine"), ("1.2.840.10008.5.1.4.1.1.6.2", "enhanced ultrasound")],
+)
+def test_slices_placed_in_another_way(uid: str, kind: str, tmp_path: Path) -> None:
+    def change(dataset: Dataset, k: int) -> None:
+        dataset.SOPClassUID = uid
+        for item in dataset.PerFrameFunctionalGroupsSequence:
+            del item.PlanePositionSequence
+
+    image = seen(write_enhanced(tmp_path, ARRAY, change=change))
+    assert isinstance(image, Image)
+    assert image.fault == f"is of {kind}: the position of its slices is given in another way"
+    assert not image.damaged
+
+
+def test_floats_have_no_sign_to_tell(tmp_path: Path) -> None:
+    pixels = np.zeros(20, "<f4").tobytes()
+    image = changed(tmp_path, PixelData=None, FloatPixelData=pixels, PixelRepresentation=None)
+    assert isinstance(image, Image)
+    assert image.fault == ""
 
 
 def test_a_vendors_mosaic(tmp_path: Path) -> None:
@@ -128,14 +211,16 @@ def test_a_vendors_mosaic(tmp_path: Path) -> None:
         ({"PixelData": None}, "has no pixels"),
         ({"BitsAllocated": 12}, "has 16 bits of 12 a pixel"),
         ({"NumberOfFrames": 2**31 - 1}, "has 2147483647 frames, and a header for 1 of them"),
+        ({"BitsStored": 16, "HighBit": 11}, "has 16 bits of 16 a pixel, the highest of them bit 11"),
         ({"PixelRepresentation": 7}, "signed"),
+        ({"PixelRepresentation": None}, "does not say whether its pixels are signed"),
     ],
 )
 def test_faults_of_pixels(values: dict[str, Any], fault: str, tmp_path: Path) -> None:
     image = changed(tmp_path, **values)
     assert isinstance(image, Image)
     assert fault in image.fault
-    assert image.damaged == (fault[:5] in ("holds", "where", "has n", "signe"))
+    assert image.damaged == (fault[:5] in ("holds", "where", "has n", "signe", "does "))
 
 
 @pytest.mark.parametrize("text", [b"1,5 ", b"nan ", b"inf ", b"JANE"])

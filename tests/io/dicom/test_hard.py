@@ -335,28 +335,14 @@ def test_a_small_tilt_is_no_loss(write: Callable[..., Any], degrees: float, tmp_
 @pytest.mark.parametrize("degrees", [-18.5, -4, 4, 18.5, 30])
 def test_a_tilted_gantry_is_refused_or_resampled(degrees: float, tmp_path: Path) -> None:
     step = (0.0, 4 * float(np.sin(np.radians(degrees))), 4 * float(np.cos(np.radians(degrees))))
-    array = np.broadcast_to(np.arange(10, 90, 10, dtype=np.int16)[None, :, None], (9, 8, 7)).copy()
+    array = np.arange(9 * 8 * 7, dtype=np.int16).reshape(9, 8, 7)
     write_series(tmp_path, array, step=step, change=put(GantryDetectorTilt="0"))
     series = refused(tmp_path, "tilt")
     assert series.irregular
     assert dicom.select(dicom.scan(tmp_path), resample_irregular=True)[0].irregular
     volume = dicom.read_series(series.resampled())
-    if volume.geometry.is_sheared:  # no voxel is touched
-        numbers = np.arange(array.size, dtype=np.int16).reshape(array.shape)
-        write_series(tmp_path / "numbers", numbers, step=step)
-        got = dicom.read_series(dicom.scan(tmp_path / "numbers").series[0].resampled())
-        check(got, numbers, affine_of(step=step))
-        return
-    # the ramp runs along y (LPS) with slope 10 a mm, shifted by the tilt in every slice
-    inner = np.array([[i, j, k] for i in range(9) for j in range(10) for k in range(7)], dtype=float)
-    inside = [n for n, v in enumerate(inner) if (v < np.array(volume.geometry.shape)).all()]
-    for voxel in inner[inside]:
-        _, y, z = volume.geometry.world(voxel[None])[0]
-        k = z / step[2]
-        j = -y - k * step[1]
-        if 0 <= k <= 6 and 0 <= j <= 7 and abs(k - round(k)) < 1e-6:
-            got = volume.array[0][tuple(voxel.astype(int))]
-            assert abs(float(got) - (10 + 10 * j)) <= 1.0
+    assert volume.geometry.is_sheared  # no voxel is touched
+    check(volume, array, affine_of(step=step))
 
 
 @pytest.mark.parametrize(
@@ -432,7 +418,7 @@ def test_a_missing_end_slice_cannot_be_seen(tmp_path: Path) -> None:
         {"ImagePositionPatient": ["0", "0", "0"]},
         {"ImagePositionPatient": lambda k: [str(k), "0", "0"]},
         {"ImagePositionPatient": lambda k: ["30" if k == 2 else "0", "0", str(k)]},
-        {"FrameOfReferenceUID": lambda k: f"1.2.{3 + (k == 2)}"},
+        {"FrameOfReferenceUID": lambda k: f"1.2.{3 + (k >= 2)}"},
         {"RescaleSlope": "nan"},
         {"RescaleIntercept": "inf"},
     ],
@@ -870,10 +856,7 @@ def test_ct_without_rescaling(values: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_slope_of_zero_is_never_applied(tmp_path: Path) -> None:
     write_series(tmp_path, VOXELS, slope=0)
-    (series,) = dicom.scan(tmp_path).series
-    if not series.reason:
-        with pytest.raises(InputError):
-            dicom.read_series(series)
+    refused(tmp_path, "slope is 0")
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -887,18 +870,11 @@ def test_twelve_bits_of_sixteen(signed: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("high_bit", [11, 15])
 def test_bits_beside_the_stored_ones_are_never_taken_for_value(high_bit: int, tmp_path: Path) -> None:
-    """Overlays of old scanners in bits 12 to 15, or values in the upper 12 bits: right, or refused."""
+    """Overlays of old scanners in bits 12 to 15, or values in the upper 12 bits."""
     array = (np.arange(VOXELS.size) * 30).reshape(VOXELS.shape).astype(np.uint16)
     stored = array | 0x3000 if high_bit == 11 else array << 4
     write_series(tmp_path, stored.astype(np.uint16), change=put(BitsStored=12, HighBit=high_bit))
-    (series,) = dicom.scan(tmp_path).series
-    if series.reason:
-        return
-    try:
-        volume = dicom.read_series(series)
-    except MedsegError:
-        return
-    check(volume, array, affine_of())
+    read_as(tmp_path, array)
 
 
 @pytest.mark.parametrize(
@@ -911,10 +887,10 @@ def test_bits_beside_the_stored_ones_are_never_taken_for_value(high_bit: int, tm
         {"BitsAllocated": 24},
         {"BitsStored": 17},
         {"PixelRepresentation": 7},
+        {"PixelRepresentation": None},
         {"SamplesPerPixel": 2},
         {"SamplesPerPixel": 3},
         {"PhotometricInterpretation": "JANE-DOE-CANARY"},
-        {"PhotometricInterpretation": None},
         {"Rows": 0},
         {"Columns": 0},
         {"Rows": 65535, "Columns": 65535},
@@ -929,12 +905,11 @@ def test_pixels_that_cannot_be(values: dict[str, Any], tmp_path: Path, caplog: p
     write_series(tmp_path, VOXELS, change=put(**values))
     caplog.clear()
     found = dicom.scan(tmp_path)
-    for series in found.series:
-        if not series.reason:
-            with pytest.raises(InputError) as error:
-                dicom.read_series(series)
-            assert CANARY not in str(error.value)
-    assert CANARY not in caplog.text + repr(found)
+    assert len(found.series) + sum(found.passed_over.values()) > 0
+    assert all(series.reason for series in found.series)
+    with pytest.raises(InputError) as error:
+        dicom.select(found)
+    assert CANARY not in caplog.text + repr(found) + str(error.value)
 
 
 @pytest.mark.parametrize("cut", [2, 62, 100])
@@ -956,13 +931,7 @@ def test_one_bit_is_no_image(tmp_path: Path) -> None:
         dataset.HighBit, dataset.PixelRepresentation, dataset.PixelData = 0, 0, b"\x55\x55\x55\x15"
 
     write_series(tmp_path, VOXELS.astype(np.uint8), change=change)
-    (series,) = dicom.scan(tmp_path).series
-    if not series.reason:
-        try:
-            volume = dicom.read_series(series)
-        except MedsegError:
-            return
-        assert set(np.unique(volume.array)) == {0, 1}
+    refused(tmp_path, "1 bits of 1 a pixel")
 
 
 def test_monochrome1_is_turned(tmp_path: Path) -> None:
@@ -1169,7 +1138,7 @@ def test_damaged_streams_are_refused(syntax: str, damage: str, tmp_path: Path) -
         assert "CANARY" not in str(error.value)
 
 
-def test_an_unknown_syntax_is_named(tmp_path: Path) -> None:
+def test_a_video_is_passed_over(tmp_path: Path) -> None:
     def change(dataset: Dataset, k: int) -> None:
         dataset.PixelData = encapsulate([b"\0" * 100])
         dataset["PixelData"].is_undefined_length = True
@@ -1177,11 +1146,10 @@ def test_an_unknown_syntax_is_named(tmp_path: Path) -> None:
 
     write_series(tmp_path, VOXELS, change=change)
     found = dicom.scan(tmp_path)
-    for series in found.series:
-        if not series.reason:
-            with pytest.raises(InputError) as error:
-                dicom.read_series(series)
-            assert "MPEG" in str(error.value)
+    assert not found.series
+    assert found.passed_over == {"video": 4}
+    with pytest.raises(InputError, match="4 x video"):
+        dicom.select(found)
 
 
 # ---------------------------------------------------------------------------------------------- what else lies about
@@ -1235,18 +1203,6 @@ def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
     write_series(tmp_path, VOXELS)
     os.mkfifo(tmp_path / "pipe.dcm")
     read_as(tmp_path)
-
-
-def test_a_file_without_permission_is_not_lost_silently(tmp_path: Path) -> None:
-    paths = write_series(tmp_path, VOXELS)
-    paths[3].chmod(0)
-    if os.access(paths[3], os.R_OK):
-        pytest.skip("this user may read everything")
-    try:
-        found = dicom.scan(tmp_path)
-        assert sum(found.passed_over.values()) == 1
-    finally:
-        paths[3].chmod(stat.S_IRUSR | stat.S_IWUSR)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -2049,7 +2005,7 @@ LOST: dict[str, Callable[[Path], object]] = {
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "no header": lambda path: path.write_bytes(path.read_bytes()[-100:]),
     "bare and cut": lambda path: path.write_bytes(path.read_bytes()[132:300]),
-    "UID": lambda path: again(path, SeriesInstanceUID="1.2/3", SOPInstanceUID="1.2/3"),
+    "UID": lambda path: again(path, SeriesInstanceUID=None),
     "link": lambda path: path.symlink_to(path.rename(path.with_name("x")).with_name("y")),
     "other folder": lambda path: path.rename(path.parent.parent / "b" / path.name).write_bytes(b""),
 }

@@ -7,6 +7,7 @@ import logging
 import pickle
 import shutil
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from medseg.errors import IncompleteSeries, InputError, UnreadableFile
 from medseg.geometry import Geometry
 from medseg.io import dicom
+from medseg.io.dicom.archive import Instance, Reader
+from medseg.io.dicom.frames import uid_of
 from medseg.volume import Volume
 
 ARRAY = np.random.default_rng(0).integers(-1000, 3000, (6, 5, 4), dtype=np.int16)
@@ -243,6 +246,131 @@ def test_copies_are_left_out_and_others_with_their_uid_refused(tmp_path: Path) -
     (tmp_path / "b" / paths[0].name).write_bytes(content)
     with pytest.raises(IncompleteSeries, match="have one SOP Instance UID and differ"):
         dicom.read(tmp_path)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_instance_stored_raw_and_compressed(changed: bool, tmp_path: Path) -> None:
+    """As archives export: one UID, one image, two transfer syntaxes."""
+
+    def named(dataset: Dataset, k: int) -> None:
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{k}"
+        dataset.FrameOfReferenceUID = "1.2.9"
+
+    shared: dict[str, Any] = {"uid": "1.2.3", "study_uid": "1.2", "change": named}
+    other = ARRAY.copy()
+    other[2, 2, 2] += changed
+    write_series(tmp_path / "raw", ARRAY, **shared)
+    write_series(tmp_path / "compressed", other, syntax=JPEG2000Lossless, **shared)
+    if changed:
+        with pytest.raises(IncompleteSeries, match="have one SOP Instance UID and differ"):
+            dicom.read(tmp_path)
+        return
+    volume = dicom.read(tmp_path)
+    same(volume, ARRAY, affine_of())
+    assert volume.warnings == ("4 files are copies of others and left out",)
+
+
+def lacking(*keywords: str, slices: tuple[int, ...] = (2,)) -> Any:
+    def change(dataset: Dataset, k: int) -> None:
+        for keyword in keywords if k in slices else ():
+            del dataset[keyword]
+
+    return change
+
+
+@pytest.mark.parametrize("keywords", [("RescaleSlope", "RescaleIntercept"), ("RescaleIntercept",)])
+def test_a_slice_without_the_scale_of_the_others(keywords: tuple[str, ...], tmp_path: Path) -> None:
+    """Read as it is stored, it would be 1024 HU off."""
+    write_series(tmp_path / "a", ARRAY, intercept=-1024, change=lacking(*keywords))
+    with pytest.raises(UnreadableFile, match="1 of 4 slices have no rescale intercept, and the others have one"):
+        dicom.read(tmp_path / "a")
+    write_series(tmp_path / "b", ARRAY, modality="PT", slope=3, change=lacking("RescaleSlope"))
+    with pytest.raises(UnreadableFile, match="1 of 4 slices have no rescale slope"):
+        dicom.read(tmp_path / "b")
+    write_series(tmp_path / "c", ARRAY, change=lacking(*keywords))  # the others have 1 and 0
+    same(dicom.read(tmp_path / "c"), ARRAY, affine_of())
+
+
+def test_a_table_that_one_slice_has(tmp_path: Path) -> None:
+    def change(dataset: Dataset, k: int) -> None:
+        del dataset.RescaleSlope, dataset.RescaleIntercept
+        if k == 2:
+            item = Dataset()
+            item.add_new("LUTDescriptor", "SS", [2, 0, 16])
+            item.ModalityLUTType = "HU"
+            item.add_new("LUTData", "OW", bytes(4))
+            dataset.ModalityLUTSequence = [item]
+
+    write_series(tmp_path, ARRAY, change=change)
+    with pytest.raises(UnreadableFile, match="1 of 4 slices have a table of modality values"):
+        dicom.read(tmp_path)
+
+
+PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+
+
+def test_a_page_that_lies_nowhere_is_left_out(tmp_path: Path) -> None:
+    array = np.arange(8 * 5 * 4, dtype=np.int16).reshape(4, 5, 8)
+    write_series(tmp_path / "a", array, change=lacking(*PLACE, slices=(7,)))
+    volume = dicom.read(tmp_path / "a")
+    same(volume, array[:, :, :7], affine_of())
+    assert volume.warnings == ("1 files have no position, orientation and pixel spacing that can be used: left out",)
+    write_series(tmp_path / "b", array, change=lacking(*PLACE, slices=(3,)))  # a slice: it leaves a gap
+    with pytest.raises(IncompleteSeries, match="uneven"):
+        dicom.read(tmp_path / "b")
+    for name, slices, count in (("three", (5, 6, 7), 8), ("few", (4,), 5)):
+        write_series(tmp_path / name, array[:, :, :count], change=lacking(*PLACE, slices=slices))
+        with pytest.raises(IncompleteSeries, match=f"{len(slices)} of {count} slices have no position"):
+            dicom.read(tmp_path / name)
+
+
+def test_files_without_true_uids_are_read(tmp_path: Path) -> None:
+    def change(dataset: Dataset, k: int) -> None:
+        dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"ID_JANE{k}"
+        dataset.SeriesInstanceUID, dataset.StudyInstanceUID = "ID_JANE_series", "../JANE"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        paths = write_series(tmp_path, ARRAY, change=change)
+    series = the(tmp_path)
+    volume = dicom.read_series(series)
+    same(volume, ARRAY, affine_of())
+    assert volume.warnings == ("its UIDs are none of DICOM: digests stand for them",)
+    assert dicom.select(dicom.scan(tmp_path), series.uid)[0].key == series.uid
+    assert "JANE" not in f"{series!r}{series.name}".replace(str(tmp_path), "")
+    content = paths[3].read_bytes()
+    paths[3].write_bytes(content[: content.index(b"\x28\x00\x10\x00US")])  # damaged, and still of its series
+    with pytest.raises(IncompleteSeries, match="1 of its files cannot be read"):
+        dicom.read(tmp_path)
+
+
+def test_whose_a_damaged_file_is(tmp_path: Path) -> None:
+    (tmp_path / "cut.dcm").write_bytes(bytes(128) + b"DICM" + b" 1.2.3.77 1.2.3.5\0ID_x\0")
+    uids = {f"1.2.3.{n}" for n in range(60)} | {uid_of("ID_x"), "1.2.3.7", "2.3.77"}
+    with Reader() as reader:
+        found = dicom._owners([Instance(tmp_path / "cut.dcm")], uids, reader)
+        nobody = dicom._owners([Instance(tmp_path / "cut.dcm")], {"1.2"}, reader)
+    assert found == {"1.2.3.5": 1, uid_of("ID_x"): 1}
+    assert nobody == {"": 1}
+
+
+def test_a_frame_of_reference_of_its_own_in_every_file(tmp_path: Path) -> None:
+    def change(dataset: Dataset, k: int) -> None:
+        dataset.FrameOfReferenceUID = f"1.2.{k}"
+
+    write_series(tmp_path, ARRAY, change=change)
+    series = the(tmp_path)
+    assert series.frame_uid == ""
+    volume = dicom.read_series(series)
+    same(volume, ARRAY, affine_of())
+    assert volume.warnings == ("4 frames of reference in one series: taken as none",)
+
+
+def test_no_photometric_interpretation_is_warned_of(tmp_path: Path) -> None:
+    write_series(tmp_path, ARRAY, change=lacking("PhotometricInterpretation", slices=(0, 1, 2, 3)))
+    volume = dicom.read(tmp_path)
+    same(volume, ARRAY, affine_of())
+    assert volume.warnings == ("no Photometric Interpretation: taken as MONOCHROME2",)
 
 
 def test_several_frames_of_reference(tmp_path: Path) -> None:

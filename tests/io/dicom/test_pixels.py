@@ -22,6 +22,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLossless,
     JPEGLSLossless,
     JPEGLSNearLossless,
     RLELossless,
@@ -235,6 +236,25 @@ def test_damaged_streams(syntax: str, damage: str, tmp_path: Path) -> None:
         dicom.read_series(series)
 
 
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, JPEGLossless])
+@pytest.mark.parametrize(
+    ("behind", "ok"), [(b"\xff", True), (b" " * 16, True), (b"JUNK\0\0\0", True), (b"x" * 18, False)]
+)
+def test_a_few_bytes_behind_a_stream(syntax: str, behind: bytes, ok: bool, tmp_path: Path) -> None:
+    def change(dataset: Dataset, k: int) -> None:
+        stream = next(generate_frames(dataset.PixelData, number_of_frames=1))
+        dataset.PixelData = encapsulate([stream.rstrip(b"\0") + behind])
+        dataset["PixelData"].is_undefined_length = True
+
+    array = (STORED + 2000).astype(np.uint16)
+    path = write_series(tmp_path, array, syntax=syntax, change=change)[1]
+    if ok:
+        np.testing.assert_array_equal(read(frame_of(path)), array[:, :, 1])
+    else:
+        with pytest.raises(UnreadableFile, match="stream is damaged"):
+            read(frame_of(path))
+
+
 def test_a_stream_of_another_size_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a damaged codestream claims is seen before a decoder takes memory for it."""
     import imagecodecs
@@ -315,3 +335,13 @@ def test_digests_are_of_the_pixels(tmp_path: Path) -> None:
     third = frame_of(write_series(tmp_path / "b", array, intercept=7)[0])
     with Reader() as reader:
         assert pixels.digest(reader, one) == pixels.digest(reader, other) != pixels.digest(reader, third)
+
+
+def test_decoded_digests_are_the_same_in_any_compression(tmp_path: Path) -> None:
+    syntaxes = (ExplicitVRLittleEndian, RLELossless, JPEG2000Lossless)
+    paths = [write_series(tmp_path / syntax, STORED, syntax=syntax) for syntax in syntaxes]
+    with Reader() as reader:
+        first = {pixels.decoded_digest(reader, [frame_of(one)]) for one, _ in paths}
+        second = {pixels.decoded_digest(reader, [frame_of(other)]) for _, other in paths}
+    assert len(first) == len(second) == 1
+    assert first != second
