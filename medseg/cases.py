@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from medseg import io
 from medseg.dataset import Case, Dataset
-from medseg.errors import IncompleteSeries, InputError
+from medseg.errors import InputError, UnreadableFile
 from medseg.io import dicom
 from medseg.io.dicom import Series
 from medseg.progress import Progress, part, silent
@@ -30,6 +32,8 @@ _IMAGE_COLUMN = re.compile(r"^(?:image|channel)_?(\d+)$")
 _SERIES_COLUMN = re.compile(r"^series(?:_?(\d+))?$")
 _ID_COLUMNS = ("case", "case_id", "id")
 _WILD = re.compile(r"[*?[]")
+_LOOKS = 50
+"""So many files of a folder beside images are looked at to see whether there is DICOM in it."""
 _UNFIT = re.compile(r"[^\w.+-]+")
 """Letters that a file name had better not have."""
 
@@ -96,24 +100,24 @@ def find_cases(
         places: each an image file; a folder of images (one file a case, or files ``CASE_0000``, ``CASE_0001``, ... one
             a channel; hidden files are passed over); a folder without images, a zip or a file of DICOM, of which each
             study is a case; a pattern with ``*``, ``?``, ``[...]`` or ``**``, whose folders become part of the ids of
-            files where they vary (``*/ct.nii.gz`` gives ``ANNA_ct``), or which matches folders and zips of DICOM; a
+            files where they vary (``*/ct.nii.gz`` gives ``ANNA_ct``), and which may match folders and zips of DICOM; a
             dataset.json, or the folder that holds one, of which the test cases are taken; or a CSV file with a column
             ``image`` (or ``image_0``, ``image_1``, ... one a channel) of paths relative to it, and perhaps a column
             ``case`` of ids and ``series`` (``series_0``, ...) of patterns of series.
         series: which DICOM series of a study are meant, one pattern a channel (see ``medseg.io.dicom.select``);
-            without any the only usable series of the study.
+            without any the only usable series of the study. Images that are no DICOM are taken as they are.
         resample_irregular: take tilted and uneven series too, to be read on a straight grid.
         progress: told how many of the headers of DICOM are read.
 
     Returns:
         Cases with different ids, in the order of the places. Those of DICOM are named by a digest of the UID of their
-        first series. A study that leaves open what is meant, or whose series cannot be used, is a case that fails when
-        it is read, with the reason.
+        first series. A study whose series cannot be used, or that leaves open which is meant (then named ``study_`` and
+        a digest), is a case that fails when it is read, with the reason.
 
     Raises:
         InputError: nothing is found, with what was looked for; two images would have masks of one name; or a CSV file
             that cannot be used, with all its faults.
-        IncompleteSeries: no study has a series that can be used.
+        IncompleteSeries, UnreadableFile: no study has a series that can be used.
         DatasetError: the dataset.json cannot be used.
     """
     wanted = _Wanted(tuple(series), resample_irregular, progress)
@@ -126,7 +130,7 @@ def find_cases(
     if not cases:
         raise InputError("INPUT", "is not given", "an image, a folder, a pattern, a dataset.json or a CSV file")
     plain = [case.paths[0] for case in cases if not any(isinstance(image, Series) for image in case.images)]
-    if plain and series:
+    if len(plain) == len(cases) and series:
         raise InputError("--series", f"picks series of DICOM, and {plain[0]} is none", "folders, zips or files of it")
     _require_one_usable(cases)
     return _unique(cases)
@@ -270,13 +274,16 @@ class _Wanted:
 
     def folder(self, path: Path) -> list[Case]:
         """The cases of a folder: its images, or the studies in it and below it; pictures beside DICOM are previews."""
-        files = [] if self.patterns else _images_of(path.iterdir(), path)
-        others = [child for child in path.iterdir() if io.suffix_of(child) == ".dcm"] if files else []
-        if others and io.is_picture(files[0]):
-            files = []
-        elif others:
-            log.warning("%s: %d files of DICOM beside images are passed over", path, len(others))
-        if cases := _group_channels(files) if files else self.studies(path):
+        files = _images_of(path.iterdir(), path)
+        prefers_dicom = bool(self.patterns) or (bool(files) and io.is_picture(files[0]) and _has_slices(path))
+        cases = self.studies(path) if prefers_dicom or not files else []
+        if cases and files and not io.is_picture(files[0]):
+            log.warning("%s: images beside DICOM are passed over, as %s", path, files[0].name)
+        if files and not cases:
+            if beside := next((child for child in sorted(path.iterdir()) if _holds_dicom(child)), None):
+                log.warning("%s: DICOM beside images is passed over: name %s too if it is meant", path, beside)
+            cases = _group_channels(files)
+        if cases:
             return cases
         inner = (child for child in sorted(path.iterdir()) if child.is_dir() and _images_of(child.iterdir(), child))
         found = f"holds no image among its {sum(1 for _ in path.iterdir())} entries"
@@ -285,18 +292,20 @@ class _Wanted:
         raise InputError(path, found, f"DICOM, or files ending in {' '.join(io.SUFFIXES)}", remedy)
 
     def matching(self, pattern: str) -> list[Case]:
-        """The cases of a pattern: of images, each named by its path below the last folder spelled out; or of DICOM."""
+        """The cases of a pattern: images, each named by its path below the last folder spelled out, and DICOM."""
         root, found = _globbed(pattern)
-        images = [] if self.patterns else _images_of(found, root)
-        if images:
-            return _matching(images, root)
+        images = _images_of(found, root)
         places = [path for path in found if not path.name.startswith(".") and io.is_dicom(path)]
-        cases = []
-        for one, place in self.each(places):
+        of_dicom = []
+        for one, place in self.each([path for path in places if not set(path.parents).intersection(places)]):
             of_place = one.studies(place)
             if not of_place:
-                log.warning("%s: holds no image, and is passed over", place)
-            cases += of_place
+                log.warning("%s: holds no DICOM image, and is passed over", place)
+            of_dicom += of_place
+        if of_dicom and images and io.is_picture(images[0]):
+            log.warning("%s: %d pictures beside DICOM are passed over", pattern, len(images))
+            images = []
+        cases = [*_matching(images, root), *of_dicom]
         if not cases:
             raise InputError(pattern, "matches no image", f"DICOM, or files ending in {' '.join(io.SUFFIXES)}")
         return cases
@@ -306,7 +315,7 @@ class _Wanted:
         rows, columns, patterns = _rows(table)
         cases = []
         for wanted, (line, row) in self.each(rows):
-            named = next((text for column in _ID_COLUMNS if (text := _cell(row, column))), "")
+            named = _id_of(row)
             paths = [table.parent / _cell(row, column) for column in columns]
             own = tuple(text for column in patterns if (text := _cell(row, column)))
             if any(io.is_dicom(path) for path in paths):
@@ -321,7 +330,8 @@ class _Wanted:
         patterns = self.patterns or ("",) * len(paths)
         places = list(paths) * len(patterns) if len(paths) == 1 else list(paths)
         if len(places) != len(patterns):
-            raise InputError(where, f"has {len(paths)} images and {len(patterns)} series", "one series an image")
+            found = f"{len(patterns)} series do not fit its {len(paths)} images"
+            raise InputError(where, found, "one series an image")
         sources: list[io.Source] = []
         for one, (place, pattern) in self.each(list(zip(places, patterns, strict=True))):
             try:
@@ -353,11 +363,11 @@ class _Wanted:
         return [self.study(place, studies[uid]) for uid in (by_uid or studies)]
 
     def study(self, place: Path, study: Sequence[Series]) -> Case:
-        """The case of a study."""
+        """The case of a study; its series may be unusable."""
         scan, chosen = dicom.Scan(tuple(study), {}, place), list[Series]()
         for pattern in self.patterns or ("",):
             try:
-                chosen += dicom.select(scan, pattern, resample_irregular=self.resample_irregular)
+                chosen += dicom.chosen(scan, pattern, resample_irregular=self.resample_irregular)
             except InputError as failure:
                 return _failing(study[0].study_uid, place, failure)
         return Case(chosen[0].name, tuple(chosen), None)
@@ -369,10 +379,24 @@ def _is_named(series: Series, pattern: str) -> bool:
 
 
 def _failing(key: str, place: Path, failure: InputError) -> Case:
-    """A case that fails when it is read: its series is none, for the reason that the failure has."""
+    """A case that fails when it is read, for the reason that the failure has: which series is meant, nothing says."""
     reason = str(failure).removeprefix(f"{failure.where}: ")
-    none = Series(place, key, "", "", "", "", "", (), None, "", "", reason)
-    return Case(none.name, (none,), None)
+    none = Series(place, "", key, "", "", "", "", (), None, "", "", reason, damaged=isinstance(failure, UnreadableFile))
+    return Case(f"study_{hashlib.sha256(key.encode()).hexdigest()[:12]}", (none,), None)
+
+
+def _has_slices(folder: Path) -> bool:
+    return any(io.suffix_of(child) == ".dcm" for child in folder.iterdir())
+
+
+def _holds_dicom(place: Path) -> bool:
+    """Whether a file is DICOM, or one of the first files of a folder or zip, hidden ones aside."""
+    if place.name.startswith("."):
+        return False
+    if place.is_dir():
+        files = (path for path in place.rglob("*") if path.is_file())
+        return any(dicom.is_dicom(path) for path in islice(files, _LOOKS))
+    return io.is_dicom(place)
 
 
 def _require_one_usable(cases: Sequence[Case]) -> None:
@@ -381,10 +405,16 @@ def _require_one_usable(cases: Sequence[Case]) -> None:
     Raises:
         IncompleteSeries: it is one.
     """
-    failed = [image for case in cases for image in case.images[:1] if isinstance(image, Series) and image.reason]
-    if len(failed) == len(cases):
-        more = f" (the first of {len(cases)} that cannot be used)" if len(cases) > 1 else ""
-        raise IncompleteSeries(f"{failed[0].place}{more}", failed[0].reason)
+    failed = [next((one for one in case.images if isinstance(one, Series) and one.reason), None) for case in cases]
+    if (first := failed[0]) is None or None in failed:
+        return
+    try:
+        dicom.check(first)
+    except InputError as failure:
+        if len(cases) == 1:
+            raise
+        where = f"{failure.where} (the first of {len(cases)} that cannot be used)"
+        raise type(failure)(where, failure.found, failure.expected, failure.remedy) from None
 
 
 def _is_image(path: Path) -> bool:
@@ -433,11 +463,20 @@ def _rows(table: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str], lis
         raise InputError(table, f"cannot be read: {failure}", "a CSV file in UTF-8") from None
     empty = {line: [column for column in columns if not _cell(row, column)] for line, row in rows}
     faults = [f"row {line} names no {' and no '.join(names)}" for line, names in empty.items() if names]
+    ids = ((line, _id_of(row)) for line, row in rows)
+    faults += [
+        f"row {line} names its case {name!r}, which cannot name a mask" for line, name in ids if Path(name).name != name
+    ]
     if not rows:
         faults.append("it has no rows")
     if faults:
-        raise InputError(table, "; ".join(faults), "a path in every row")
+        raise InputError(table, "; ".join(faults), "a path in every row, ids without slashes")
     return rows, columns, patterns
+
+
+def _id_of(row: Mapping[str, str]) -> str:
+    """How a row names its case; empty where it does not."""
+    return next((text for column in _ID_COLUMNS if (text := _cell(row, column))), "")
 
 
 def _cell(row: Mapping[str, str], column: str) -> str:
@@ -509,4 +548,6 @@ def _unique(cases: Sequence[Case]) -> list[Case]:
 
 def _key(source: io.Source) -> object:
     """What makes two images the same."""
-    return (source.uid, source.part, source.files) if isinstance(source, Series) else source.absolute()
+    return (
+        (source.study_uid, source.uid, source.part, source.files) if isinstance(source, Series) else source.absolute()
+    )

@@ -172,6 +172,7 @@ def test_a_table_may_name_cases_and_channels(separator: str, tmp_path: Path) -> 
         ("path\na.nii\n", "has the columns path .expected image, or image_0"),
         ("image,case\na.nii,x\n,y\nb.nii,z\n ,w\n", "row 3 names no image; row 5 names no image"),
         ("image_0,image_1\na.nii,\n", "row 2 names no image_1"),
+        ("image,case\na.nii,x\nb.nii,y/z\n,w\n", r"row 4 names no image; row 3 names its case 'y/z'"),
         ("image,case\na.nii,x\nb.nii,x\n", "x: is the name of several images"),
     ],
 )
@@ -235,7 +236,7 @@ def test_folders_files_and_zips_of_dicom_match_a_pattern(tmp_path: Path, caplog:
     touch(tmp_path, "notes.txt")
     both = find_cases(f"{tmp_path}/*/")
     assert len(both) == 2
-    assert "empty: holds no image, and is passed over" in caplog.text
+    assert "empty: holds no DICOM image, and is passed over" in caplog.text
     assert [case.id for case in find_cases(tmp_path / "anna", f"{tmp_path}/*")] == [case.id for case in both]
     shutil.make_archive(str(tmp_path / "zips" / "x"), "zip", tmp_path / "bob")
     assert [case.id for case in find_cases(f"{tmp_path}/zips/*.zip")] == [both[1].id]
@@ -245,10 +246,15 @@ def test_folders_files_and_zips_of_dicom_match_a_pattern(tmp_path: Path, caplog:
 
 def test_files_of_one_series_are_no_cases_of_their_own(tmp_path: Path) -> None:
     files = sorted((study(tmp_path / "a", t1="T1") / "t1").iterdir())
+    for places in ([files[0]], files, [f"{tmp_path}/a/t1/*"]):
+        with pytest.raises(IncompleteSeries, match=r"is one slice of a series of several files\. Give the folder"):
+            find_cases(*places)
+    with pytest.raises(InputError, match=r"several images: .*Give the folder that holds all files of the series"):
+        find_cases(*files, study(tmp_path / "bob", t1="T1"))
+    assert uids(find_cases(f"{tmp_path}/**/*")) == [["1"], ["1"]]  # the files of a folder that is matched are its own
+    files[1].unlink()
     (case,) = find_cases(files[0])
     assert io.name_of(case.images[0]) == case.id
-    with pytest.raises(InputError, match=r"several images: .*Give the folder that holds all files of the series"):
-        find_cases(*files)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +293,12 @@ def test_a_study_that_leaves_the_choice_open_fails_alone(tmp_path: Path) -> None
         except InputError as failure:
             reasons[case.id] = str(failure)
     assert len(cases) == 3
-    several, crooked = reasons.values()
-    assert "2 series could be meant: 1.2." in several
-    assert "series 1.9.1: " in crooked
+    series = {one.uid: one.name for one in dicom.scan(tmp_path).series}
+    (several, open_choice), (crooked, uneven_one) = reasons.items()
+    assert re.fullmatch(r"study_[0-9a-f]{12}", several)  # no series is called so: none is chosen
+    assert "2 series could be meant: series_" in open_choice
+    assert crooked == series["1.9.1"]
+    assert "series 1.9.1: " in uneven_one
     assert len(find_cases(tmp_path, resample_irregular=True)) == 3
     (case,) = find_cases(tmp_path / "carl", resample_irregular=True)
     assert io.read_volume(case.images).array.shape[3] == 5
@@ -297,7 +306,7 @@ def test_a_study_that_leaves_the_choice_open_fails_alone(tmp_path: Path) -> None
 
 def test_a_study_alone_is_refused_at_once(tmp_path: Path) -> None:
     study(tmp_path / "anna", a="T1", b="T2")
-    with pytest.raises(IncompleteSeries, match=r"anna: 2 series could be meant: 1\.2\.\d+\.1 .*UID"):
+    with pytest.raises(IncompleteSeries, match=r"anna: 2 series could be meant: series_\w+ \(CT, .*--series"):
         find_cases(tmp_path / "anna")
     with pytest.raises(IncompleteSeries, match="no series is called 'T3'"):
         find_cases(tmp_path / "anna", series=["T3"])
@@ -322,9 +331,44 @@ def test_images_come_before_dicom_below_them_unless_a_series_is_named(tmp_path: 
         find_cases(tmp_path / "a.nii.gz", series=["T1"])
 
 
-def test_previews_beside_dicom_are_passed_over(tmp_path: Path) -> None:
+def test_previews_beside_dicom_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(study(tmp_path, t1="T1") / "t1", "preview.png")
     assert uids(find_cases(tmp_path / "t1")) == [["1"]]
+    touch(tmp_path, "preview.png")
+    assert uids(find_cases(f"{tmp_path}/*")) == [["1"]]
+    assert "1 pictures beside DICOM are passed over" in caplog.text
+
+
+def test_a_pattern_matches_images_and_dicom_alike(tmp_path: Path) -> None:
+    touch(study(tmp_path / "anna", t1="T1").parent, "a.nii.gz", "b.mha")
+    expected = [[], [], ["1"]]
+    assert uids(find_cases(f"{tmp_path}/*")) == uids(find_cases(*sorted(tmp_path.iterdir()))) == expected
+    assert uids(find_cases(f"{tmp_path}/*", series=["T1"])) == expected
+
+
+def test_dicom_beside_images_is_not_passed_over_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "a.nii.gz", "results/table.csv", "notes.txt")
+    assert names(find_cases(tmp_path)) == {"a": ["a.nii.gz"]}
+    assert not caplog.text
+    study(tmp_path / "anna", t1="T1")
+    assert names(find_cases(tmp_path)) == {"a": ["a.nii.gz"]}
+    assert re.search(r"DICOM beside images is passed over: name \S+/anna too", caplog.text)
+    caplog.clear()
+    assert uids(find_cases(tmp_path, series=["T1"])) == [["1"]]
+    assert "images beside DICOM are passed over, as a.nii.gz" in caplog.text
+
+
+def test_a_series_is_picked_for_the_dicom_of_a_list_alone(tmp_path: Path) -> None:
+    study(tmp_path / "anna", a="T1", b="T2")
+    touch(tmp_path, "a.nii.gz", "images/b.nii.gz")
+    cases = find_cases(tmp_path / "a.nii.gz", tmp_path / "images", tmp_path / "anna", series=["T2"])
+    assert ([case.id for case in cases][:2], uids(cases)) == (["a", "b"], [[], [], ["2"]])
+    cases = find_cases(table(tmp_path / "list.csv", "image\na.nii.gz\nanna\n"), series=["T1"])
+    assert uids(cases) == [[], ["1"]]
+    with pytest.raises(InputError, match=r"--series: picks series of DICOM, and .*b\.nii\.gz is none"):
+        find_cases(tmp_path / "images", series=["T1"])
 
 
 def test_a_table_names_cases_of_dicom_and_their_series(tmp_path: Path) -> None:
@@ -339,7 +383,7 @@ def test_a_table_names_cases_of_dicom_and_their_series(tmp_path: Path) -> None:
         io.read_volume(cases[2].images)
     text = "image_0,image_1\nanna/a,anna/b\n"
     assert uids(find_cases(table(tmp_path / "two.csv", text))) == [["1", "2"]]
-    with pytest.raises(InputError, match="row 2: has 2 images and 1 series"):
+    with pytest.raises(InputError, match="row 2: 1 series do not fit its 2 images"):
         find_cases(tmp_path / "two.csv", series=["T1"])
 
 

@@ -269,7 +269,7 @@ def test_one_frame_of_reference_needs_no_warning(tmp_path: Path) -> None:
 def test_a_place_with_several_series_says_which(tmp_path: Path) -> None:
     dicom_series(tmp_path / "study" / "a", uid="1.2.1", study_uid="1.2")
     dicom_series(tmp_path / "study" / "b", uid="1.2.2", study_uid="1.2")
-    with pytest.raises(InputError, match=r"study: 2 series could be meant: 1\.2\.1 .*1\.2\.2"):
+    with pytest.raises(InputError, match=r"study: 2 series could be meant: series_\w+ \(CT.* series_\w+ \(CT"):
         read_volume(tmp_path / "study")
     assert io.series(tmp_path / "study", "1.2.2").uid == "1.2.2"
 
