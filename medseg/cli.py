@@ -203,8 +203,8 @@ def _told(failure: OSError) -> str:
         remedy = "make room; what is finished is kept, and the same command goes on from there"
     elif failure.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         remedy = "give another place with -o, or see to the rights of this one"
-    where = failure.filename or "the disk"
-    return str(MedsegError(where, (failure.strerror or "cannot be used").lower(), remedy=remedy))
+    found = failure.strerror or "cannot be used"
+    return str(MedsegError(failure.filename or "the disk", found[0].lower() + found[1:], remedy=remedy))
 
 
 def _interrupt(*_: object) -> None:
@@ -820,8 +820,8 @@ def evaluate(
     """Score masks of any tool against references.
 
     Dice, NSD, HD95 and volumes of each case and class; needs no model. A reference without a mask, or with one on
-    another grid, counts as 0. Exit code 3 when there are such cases. The segments of a DICOM SEG or .seg.nrrd are
-    matched by their names, other masks by their values.
+    another grid, counts as 0. Exit code 3 when there are such cases. Labels are matched by their names where masks have
+    them, as a DICOM SEG does, else by their values. Those that nobody asked for are not scored.
     """
     from medseg.evaluate import evaluate_folders
     from medseg.folder import require_writable
@@ -1096,6 +1096,8 @@ def _print_scores(evaluation: Evaluation) -> None:
         output.print(escape(f"not scored, in no number: {case}: {reason}"))
     if evaluation.extra:
         output.print(escape(f"masks without a reference: {', '.join(evaluation.extra)}"))
+    if evaluation.left_out:
+        output.print(escape(f"labels of the masks that are not scored: {', '.join(evaluation.left_out)}"))
 
 
 def _print_plan(made: Plan, target: Path) -> None:

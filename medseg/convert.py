@@ -61,7 +61,8 @@ def convert(
     mask = io.read_mask(source, labels, image)
     if mask.labels is None and ending in (".dcm", ".seg.nrrd"):
         expected = "a name for each label"
-        raise InputError(source, f"does not name its labels, which {ending} needs", expected, "give --labels FILE")
+        remedy = "give --labels: the labels.csv beside the masks, a model package, a dataset.json"
+        raise InputError(source, f"does not name its labels, which {ending} needs", expected, remedy)
     if mask.labels is not None and ending not in _NAMED:
         log.warning("%s: a file ending in %s does not keep the names of labels", target, ending)
     if image is not None:

@@ -128,8 +128,8 @@ class CohortStats(Record):
         """A table with one row a case and label; of a failed case one row with its reason.
 
         Of a mask without names that marks nothing there is one row too, with neither label nor reason. What is not
-        known (the intensities of an empty label) is left empty. Of images of several channels, the columns of
-        intensities end in the channel's number, from 0.
+        known (the intensities of an empty label) is left empty. Intensities are rounded to six digits; of images of
+        several channels, their columns end in the channel's number, from 0.
         """
         text = text_io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -139,7 +139,8 @@ class CohortStats(Record):
         writer.writerow(["case", "label", "value", *_COLUMNS, *measured, "reason"])
         for case in self.cases:
             for stats in case.labels:
-                found = [number for channel in stats.intensities for number in channel.model_dump().values()]
+                numbers = (number for channel in stats.intensities for number in channel.model_dump().values())
+                found = [f"{number:.6g}" for number in numbers]
                 found += [""] * (len(measured) - len(found))
                 values = "+".join(map(str, stats.values))
                 writer.writerow([case.case, stats.label, values, *_cells(stats), *found, ""])

@@ -57,7 +57,7 @@ def write(mask: Mask, path: Path) -> None:
         try:
             _simpleitk().WriteImage(to_simpleitk(mask), str(temporary), useCompression=True)
         except RuntimeError:
-            raise OSError(errno.EIO, "SimpleITK cannot write it all; is there room?", str(temporary)) from None
+            raise OSError(errno.EIO, "cannot be written by SimpleITK; is there room?", str(temporary)) from None
 
 
 def from_simpleitk(image: Any) -> Volume:

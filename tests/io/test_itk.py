@@ -117,5 +117,5 @@ def test_a_disk_without_room_names_the_file_and_leaves_nothing(tmp_path: Path) -
     )
     path = tmp_path / "x.mha"
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert result.stdout == f"{path} SimpleITK cannot write it all; is there room?", result.stderr
+    assert result.stdout == f"{path} cannot be written by SimpleITK; is there room?", result.stderr
     assert list(tmp_path.iterdir()) == []
