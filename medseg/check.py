@@ -20,7 +20,7 @@ from medseg.io import (
     has_segments,
     integral,
     is_picture,
-    naming,
+    own_labels,
     read_mask,
     read_volume,
 )
@@ -122,10 +122,8 @@ class _Faults(list[Finding]):
         return self._read(file, "image", lambda: replace(format_of(file).read(file), paths=(file,)))
 
     def label(self, file: Path, image: Volume | None, labels: Labels) -> Volume | None:
-        """The mask likewise; one of segments with the values of their names, on the grid of the image if it can be."""
-        if not has_segments(file):
-            return self._read(file, "label", lambda: format_of(file).read_labels(file))
-        return self._read(file, "label", lambda: _segments(file, image, labels))
+        """The mask likewise; one that names its labels with the values of the names, segments on the image's grid."""
+        return self._read(file, "label", lambda: _label(file, image, labels))
 
     def _read(self, file: Path, what: str, read: Callable[[], Volume]) -> Volume | None:
         if not file.exists():
@@ -150,7 +148,9 @@ class _Faults(list[Finding]):
         return short_name(file, self.root)
 
 
-def _segments(file: Path, image: Volume | None, labels: Labels) -> Volume:
+def _label(file: Path, image: Volume | None, labels: Labels) -> Volume:
+    if not has_segments(file) and own_labels(file) is None:
+        return format_of(file).read_labels(file)
     mask = read_mask(file, labels, image)
     return Volume(mask.array[np.newaxis], mask.geometry, (file,), warnings=mask.warnings)
 
@@ -225,7 +225,7 @@ def _check_label(mask: Volume, labels: Labels, faults: _Faults) -> tuple[str, ..
         faults.add(
             "unknown-labels",
             f"{name} holds the values {unknown[:10]}, which have no name (known: 0 and {dict(labels.values)})",
-            naming(values, labels),
+            labels.naming(values),
         )
         return None
     if not values & set(labels.values.values()):

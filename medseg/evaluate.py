@@ -3,7 +3,9 @@
 Every case counts. A prediction that is missing, unreadable, on another grid or with unknown values fails and has the
 worst scores; a reference that cannot be used is listed, as there is nothing to score against. Nothing is resampled:
 scores are taken on the reference's grid. A DICOM SEG or ``.seg.nrrd``, which may hold no more than what the labels take
-up, is turned and padded to the other mask's grid where both have the same voxels; segments are matched by their names.
+up, is turned and padded to the other mask's grid where both have the same voxels. Labels are matched by their names
+where masks have them (see ``Mask.named``), else by their values; what a prediction names and nobody asked for, as most
+organs of a tool that knows a hundred, is background, and listed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -25,7 +28,7 @@ from medseg.cases import find_masks
 from medseg.dataset import Dataset
 from medseg.errors import DatasetError, GeometryMismatch, InputError, UnreadableFile
 from medseg.geometry import Box, Geometry
-from medseg.io import describe_grid, has_segments, read_mask
+from medseg.io import describe_grid, has_segments, own_labels, read_mask
 from medseg.metrics import DEFINITIONS, ClassScore, score_failure, score_pair
 from medseg.progress import Progress, silent
 from medseg.records import Record, write_text
@@ -50,11 +53,13 @@ class CaseScores(Record):
         case: its id.
         scores: one a class, then one a region.
         reason: why the case failed; empty where it did not.
+        left_out: labels that the prediction names and that are not scored.
     """
 
     case: str
     scores: tuple[ClassScore, ...]
     reason: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 _Result = CaseScores | str  # the scores, or why there are none
@@ -129,6 +134,11 @@ class Evaluation(Record):
         """The cases without a usable prediction, and why."""
         return {case.case: case.reason for case in self.cases if case.reason}
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Labels that predictions name and that are not scored, in the order of the alphabet."""
+        return tuple(sorted({name for case in self.cases for name in case.left_out}))
+
     def save_csv(self, path: Path) -> None:
         """Write one row a case and class, atomically. Undefined numbers are empty."""
         text = text_io.StringIO()
@@ -155,15 +165,16 @@ def evaluate_folders(
         predictions: a folder of masks, one mask, or a pattern; see ``find_masks``.
         references: likewise, or a dataset folder with its ``dataset.json``, whose training labels and label names are
             used. Two single files are a pair whatever their names.
-        labels: names of the values. Without them and without a dataset: those that the references name, or
-            ``label_<value>`` for every value that they hold.
+        labels: names of the values. Without them and without a dataset: those that the references name; for values
+            that they do not name, the names that other masks have for them, or ``label_<value>``.
         tolerance_mm: of NSD.
         cases: ids to score; all that have a reference otherwise.
         only_predicted: score only cases that have a prediction, as those of one fold; the others are no failures then.
         progress: called after each case.
 
     Raises:
-        InputError: nothing to score, no name in common, a wanted case without reference, or two files of one name.
+        InputError: nothing to score, no name in common, a wanted case without reference, two files of one name, or
+            (without labels) a mask that does not name its values where those of the others do not tell what they are.
         DatasetError: none of the references can be used.
     """
     known, found = _references(references)
@@ -182,7 +193,7 @@ def evaluate_folders(
             predictions, f"no mask has the name of a reference: {min(predicted)}, ...", f"names as {wanted[0]}"
         )
     pairs = [(case, predicted.get(case, predictions / case), found[case]) for case in wanted]
-    names = labels or known or _found_labels([path for _, _, path in pairs])
+    names = labels or known or _found_labels([path for *_, path in pairs], [path for _, path, _ in pairs])
     extra = tuple(sorted(set(predicted) - set(found)))
     return evaluate_cases(pairs, names, tolerance_mm, progress).model_copy(update={"extra": extra})
 
@@ -253,15 +264,30 @@ def _score_case(pair: Pair, labels: Labels, tolerance_mm: float) -> _Result:
     try:
         if not prediction_path.exists():
             raise UnreadableFile(prediction_path, "there is no prediction", "a mask")
-        prediction, reference = _on_one_grid(
-            read_mask(prediction_path, labels), reference, prediction_path, reference_path
-        )
+        prediction = read_mask(prediction_path)
+        left_out = _left_out(prediction, labels, prediction_path)
+        prediction = prediction.without(left_out).named(labels)
+        prediction, reference = _on_one_grid(prediction, reference, prediction_path, reference_path)
         scores = score_pair(
             prediction.array, reference.array, reference.geometry, labels, tolerance_mm, prediction_path
         )
     except InputError as failure:
         return CaseScores(case=case, scores=worst, reason=str(failure))
-    return CaseScores(case=case, scores=scores)
+    return CaseScores(case=case, scores=scores, left_out=left_out)
+
+
+def _left_out(prediction: Mask, labels: Labels, where: Path) -> tuple[str, ...]:
+    """The labels of a prediction that are not scored.
+
+    Raises:
+        InputError: they are all of its labels.
+    """
+    names = prediction.labels.names if prediction.labels else ()
+    left_out = tuple(name for name in names if not labels.like(name))
+    if names and len(left_out) == len(names):
+        remedy = "rename its labels, or name them in the file given with --labels"
+        raise InputError(where, "none of its labels has a name that is scored", ", ".join(labels.names), remedy)
+    return left_out
 
 
 def _on_one_grid(prediction: Mask, reference: Mask, path: Path, reference_path: Path) -> tuple[Mask, Mask]:
@@ -328,30 +354,78 @@ def _references(path: Path) -> tuple[Labels | None, dict[str, Path]]:
     return dataset.labels, {case.id: case.label for case in dataset.cases if case.label}
 
 
-def _found_labels(references: Sequence[Path]) -> Labels:
-    """The names that all of the references give, or ``label_<value>``."""
-    looks = [look for look in ThreadPoolExecutor(_WORKERS).map(_look, references) if look]
-    if looks and all(names for names, _ in looks):
-        return _common_names([names for names, _ in looks if names])
-    values = set[int]().union(*(found for _, found in looks)) - {0}
+@dataclass(frozen=True)
+class _Look:
+    """What a mask tells of its labels: the names that it gives, and the values that it holds (none of a prediction)."""
+
+    path: Path
+    names: Labels | None
+    values: frozenset[int] = frozenset()
+
+
+def _found_labels(references: Sequence[Path], predictions: Sequence[Path]) -> Labels:
+    """What the references hold, by the names that masks give it, or as ``label_<value>``; see ``evaluate_folders``.
+
+    Raises:
+        InputError: the references hold nothing, or a mask names no values and those of the others do not tell its own.
+    """
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        truth = [look for look in pool.map(_look_at_voxels, references) if look]
+        looks = truth + [look for look in pool.map(_look_at_names, predictions) if look]
+    named = [look for look in looks if look.names]
+    nameless = [look for look in looks if not look.names]
+    agreed = _agreed([look.names for look in named if look.names])
+    if named and nameless and (agreed is None or any(has_segments(look.path) for look in named)):
+        found = "its values have no names, and the masks that have names do not agree on values or are of segments"
+        remedy = "give --labels, a file that names the values"
+        raise InputError(nameless[0].path, found, "masks that all name their labels, or none", remedy)
+    held = frozenset[int]().union(*(look.values for look in truth if not look.names)) - {0}
+    names = {value: name for name, value in (agreed or {}).items()}
+    values = {names.get(value, f"label_{value}"): value for value in sorted(held)}
+    values |= _common([look.names for look in truth if look.names])
     if not values:
         raise InputError("references", "hold no label but background", "masks with structures, or named labels")
-    return Labels(values={f"label_{value}": value for value in sorted(values)})
+    return Labels.checked({"values": values}, "references")
 
 
-def _common_names(found: Sequence[Labels]) -> Labels:
-    """The labels of several masks that name theirs, with values of their own where these differ from file to file."""
-    pairs = {pair for labels in found for pair in labels.values.items()}
+def _common(found: Sequence[Labels]) -> dict[str, int]:
+    """The labels of several masks, with values of their own where these differ from mask to mask."""
+    agreed = _agreed(found)
+    if agreed is not None:
+        return agreed
+    return {name: n for n, name in enumerate(sorted({name for name, _ in _pairs(found)}), start=1)}
+
+
+def _agreed(found: Sequence[Labels]) -> dict[str, int] | None:
+    """The labels of several masks; None where one has another value, or a value another name, in another mask."""
+    pairs = _pairs(found)
     values = dict(pairs)
-    if len(pairs) == len(values) == len(set(values.values())):
-        return Labels(values=values)
-    return Labels(values={name: n for n, name in enumerate(sorted(values), start=1)})
+    return values if len(pairs) == len(values) == len(set(values.values())) else None
 
 
-def _look(path: Path) -> tuple[Labels | None, set[int]] | None:
-    """The names that a mask gives its values, and the values that it holds; None where it cannot be read."""
+def _pairs(found: Sequence[Labels]) -> set[tuple[str, int]]:
+    """Names and values of several masks, spelled as in the first, unless capitals tell two labels of a mask apart."""
+    distinct = any(len({name.casefold() for name in labels.values}) < len(labels.values) for labels in found)
+    spelled: dict[str, str] = {}
+    return {
+        (name if distinct else spelled.setdefault(name.casefold(), name), value)
+        for labels in found
+        for name, value in labels.values.items()
+    }
+
+
+def _look_at_voxels(path: Path) -> _Look | None:
+    """Names and values of a mask; None where it cannot be read."""
     try:
         mask = read_mask(path)
     except InputError:
         return None  # listed when the case is scored
-    return mask.labels, {int(value) for value in np.unique(mask.array)}
+    return _Look(path, mask.labels, frozenset(np.unique(mask.array).tolist()))
+
+
+def _look_at_names(path: Path) -> _Look | None:
+    """The names of a mask; None where it cannot be read."""
+    try:
+        return _Look(path, own_labels(path))
+    except InputError:
+        return None

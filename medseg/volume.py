@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,19 @@ class Labels(Record):
         """The colour of a label: as ``colours`` has it, or else by its place (``terminology.colour_of``)."""
         return self.colours.get(name) or colour_of(self.names.index(name))
 
+    def like(self, name: str) -> tuple[str, ...]:
+        """The labels of a name: the one that is spelled so, else those that differ from it in capitals alone."""
+        if name in self.values:
+            return (name,)
+        return tuple(own for own in self.names if own.casefold() == name.casefold())
+
+    def completed(self, other: Labels) -> Labels:
+        """With the codings and colours that other labels have for the same names (see ``like``), where it has none."""
+        same = {name: found[0] for name in self.names if len(found := other.like(name)) == 1}
+        codings = {name: other.codings[found] for name, found in same.items() if found in other.codings}
+        colours = {name: other.colours[found] for name, found in same.items() if found in other.colours}
+        return self.model_copy(update={"codings": codings | self.codings, "colours": colours | self.colours})
+
     @property
     def _table(self) -> NDArray[np.int64]:
         listed = [0, *(self.values[name] for name in self.names)]
@@ -107,17 +121,23 @@ class Labels(Record):
         quick = self._looked_up(array)
         if quick is not None:
             return quick
-        unknown = self.unknown(array)
-        if unknown:
-            raise InputError(
-                where,
-                f"label values {unknown[:10]} have no name",
-                f"0 (background) and {dict(self.values)}",
-                "name them in dataset.json, or correct the mask",
-            )
+        if unknown := self.unknown(array):
+            raise self._unnamed(unknown, np.unique(array).tolist(), where)
         table = self._table
         order = np.argsort(table)
         return order[np.searchsorted(table[order], array)].astype(np.uint8)
+
+    def naming(self, values: Iterable[int]) -> str:
+        """What to do about a mask of these values, some of which have no name."""
+        if set(values) != {0, 255}:
+            return "name them in dataset.json or the file given with --labels, or correct the mask"
+        body = f'{{"{self.names[0]}": 255}}'
+        return f'it is black and white: write "labels": {body} in dataset.json, or divide the mask by 255'
+
+    def _unnamed(self, unknown: list[int], values: Iterable[int], where: object) -> InputError:
+        """The error over values without a name among those of a mask."""
+        found = f"label values {unknown[:10]} have no name"
+        return InputError(where, found, f"0 (background) and {dict(self.values)}", self.naming(values))
 
     def _looked_up(self, array: NDArray[Any]) -> NDArray[np.uint8] | None:
         """As ``to_indices``, eight times faster; None where values are large, negative or without a name."""
@@ -184,7 +204,7 @@ class Mask:
         """
         if self.geometry.close_to(geometry):
             return replace(self, geometry=geometry)
-        where = self.paths[0] if self.paths else "mask"
+        where = self._where
         place = self.geometry.placed(geometry)
         if place is None:
             found = "its voxels do not lie on those of the image, however turned, flipped or cropped"
@@ -198,6 +218,64 @@ class Mask:
         result = np.zeros(geometry.shape[::-1], dtype=array.dtype).T  # slice after slice, as it is read
         result[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = inside
         return replace(self, array=result, geometry=geometry)
+
+    def named(self, labels: Labels) -> Mask:
+        """The mask with labels as someone gives them, and with their values.
+
+        What the mask itself names is known by its names (see ``Labels.like``), whatever its values. Values that it does
+        not name, which are all those of a mask without labels, stay as they are; in a mask that names others, only if
+        these keep theirs too. Codings and colours that ``labels`` has none of are those of the mask.
+
+        Raises:
+            InputError: it has a name that ``labels`` has not, names that differ in capitals alone, or values that
+                neither names. Labels of which there is no voxel do not matter.
+        """
+        there = sorted({0, *self._counts()})
+        new = self._values_in(labels, there)
+        if unknown := sorted({new[value] for value in there} - {0, labels.ignore, *labels.values.values()}):
+            raise labels._unnamed(unknown, there, self._where)
+        known = labels if self.labels is None else labels.completed(self.labels)
+        if all(new[value] == value for value in there):
+            return replace(self, labels=known)
+        table = np.array([new[value] for value in there])
+        table = table.astype(np.result_type(np.min_scalar_type(table.min()), np.min_scalar_type(table.max())))
+        array = np.empty_like(self.array, dtype=table.dtype)
+        for plane, renamed in zip(self.array, array, strict=True):  # places in a table take eight bytes a voxel
+            renamed[...] = table[np.searchsorted(there, plane)]
+        return replace(self, array=array, labels=known)
+
+    def without(self, names: Collection[str]) -> Mask:
+        """The mask with background in place of some of its labels."""
+        if self.labels is None or not names:
+            return self
+        array = self.array.copy(order="K")
+        array[np.isin(array, [self.labels.values[name] for name in names])] = 0
+        return replace(self, array=array)
+
+    @property
+    def _where(self) -> Path | str:
+        return self.paths[0] if self.paths else "mask"
+
+    def _values_in(self, labels: Labels, there: list[int]) -> dict[int, int]:
+        """The value that each value of the mask has in ``labels``; errors as ``named``, but over unknown values."""
+        own = {} if self.labels is None else self.labels.values
+        found = {value: labels.like(name) for name, value in own.items() if value in there}
+        expected = ", ".join(labels.names)
+        if strange := sorted(value for value, names in found.items() if not names):
+            found_there = f"has labels of unknown names (values {strange[:10]})"
+            remedy = "give these names to labels too (in the file given with --labels, dataset.json), or rename them"
+            raise InputError(self._where, found_there, expected, remedy)
+        times = Counter(name for names in found.values() for name in names)
+        if alike := sorted(v for v, names in found.items() if len(names) > 1 or times[names[0]] > 1):
+            found_there = f"has labels whose names differ in capitals alone (values {alike[:10]})"
+            raise InputError(self._where, found_there, expected, "spell each as the label that is meant")
+        new = {value: labels.values[name] for value, (name,) in found.items()}
+        nameless = set(there) - set(new) - {0}
+        if nameless and any(value != given for value, given in new.items()):
+            found_there = f"does not name its label values {sorted(nameless)[:10]}"
+            remedy = "name them in the mask: the values of those that it names are not those of the labels"
+            raise InputError(self._where, found_there, expected, remedy)
+        return {value: value for value in there} | new
 
     def volumes_ml(self) -> dict[str, float]:
         """Volume of each class, and of each region, in millilitres, by name.

@@ -116,6 +116,31 @@ def test_segments_get_the_values_of_the_labels_that_are_given(series: Path, mask
     np.testing.assert_array_equal(made.array, np.choose(np.searchsorted([0, 1, 7], drawn()), [0, 40, 3]))
 
 
+def test_codes_and_colours_of_a_mask_are_kept_with_the_values_that_are_given(
+    series: Path, mask: Path, tmp_path: Path
+) -> None:
+    odd = Labels(values={"liver": 1, "frobnicator": 7}, colours={"frobnicator": (10, 20, 30)})
+    odd = odd.model_copy(update={"codings": {"frobnicator": coding_of("spleen")}})
+    convert(mask, tmp_path / "odd.seg.nrrd", labels=odd)
+    only_values = Labels(values={"frobnicator": 3, "liver": 4})
+    made = convert(tmp_path / "odd.seg.nrrd", tmp_path / "odd.dcm", reference=series, labels=only_values)
+    assert made.labels is not None
+    assert (made.labels.values, made.labels.codings["frobnicator"]) == (only_values.values, coding_of("spleen"))
+    assert made.labels.colours["frobnicator"] == (10, 20, 30)
+
+
+def test_no_organ_becomes_another_by_the_number_of_its_segment(series: Path, mask: Path, tmp_path: Path) -> None:
+    convert(mask, tmp_path / "seg.dcm", reference=series, labels=Labels(values={"spleen": 1, "liver": 7}))
+    other = Labels(values={"liver": 1, "tumor": 2})
+    with pytest.raises(InputError, match=r"unknown names \(values \[1\]\)"):
+        convert(tmp_path / "seg.dcm", tmp_path / "a.nii.gz", labels=other)
+    convert(tmp_path / "seg.dcm", tmp_path / "plain.nii.gz")
+    with pytest.raises(InputError, match=r"unknown names \(values \[1\]\)"):
+        convert(tmp_path / "plain.nii.gz", tmp_path / "a.nii.gz", labels=other)
+    both = Labels(values={**other.values, "spleen": 3})  # as the message says
+    assert np.unique(convert(tmp_path / "plain.nii.gz", tmp_path / "a.nii.gz", labels=both).array).tolist() == [0, 1, 3]
+
+
 def test_labelmap_and_uncoded_labels_are_asked_for(series: Path, mask: Path, tmp_path: Path) -> None:
     odd = Labels(values={"liver": 1, "frobnicator": 7})
     with pytest.raises(InputError, match="frobnicator"):

@@ -361,9 +361,52 @@ def test_segments_are_known_by_their_names(series: Series, tmp_path: Path) -> No
     swapped = save_ras(series, tmp_path / "a.nii.gz", values)  # 2 is the liver, and 1 the spleen
     found = evaluate_folders(seg, swapped, Labels(values={"Spleen": 1, "Liver": 2}))
     assert [(score.name, score.dice) for score in found.cases[0].scores] == [("Spleen", 1.0), ("Liver", 1.0)]
-    nameless = evaluate_folders(seg, swapped)  # nobody says which of the reference's values is the liver
-    assert "unknown names" in nameless.failed["a"]
-    assert [score.dice for score in nameless.cases[0].scores] == [0.0, 0.0]
+    for pair in ((seg, swapped), (swapped, seg)):  # nobody says which of the values is the liver
+        with pytest.raises(InputError, match=r"a\.nii\.gz: its values have no names.*Give --labels"):
+            evaluate_folders(*pair)
+
+
+def test_labels_that_nobody_asked_for_are_left_out_and_listed(series: Series, tmp_path: Path) -> None:
+    """A tool that knows more organs than the reference."""
+    liver = Labels(values={"Liver": 1})
+    reference = save_ras(series, tmp_path / "ref" / "a.nii.gz", (organs(3, 6) == 2).astype(np.uint8), liver)
+    for prediction in (
+        save_seg(series, tmp_path / "a.dcm", organs(4, 6)),
+        save_ras(series, tmp_path / "a.nii.gz", organs(4, 6), NAMED),
+    ):
+        for given in (None, liver):
+            found = evaluate_folders(prediction, reference, given)
+            assert found.mean.dice == pytest.approx(2 * 27 / (36 + 27))
+            assert [score.name for score in found.classes] == ["Liver"]
+            assert found.left_out == found.cases[0].left_out == ("spleen",)
+    wrong = save_ras(series, tmp_path / "b.nii.gz", organs(4, 6), Labels(values={"Leber": 2, "Milz": 40}))
+    found = evaluate_folders(wrong, reference)
+    assert re.search(r"none of its labels has a name that is scored \(expected Liver\).*--labels", found.failed["a"])
+
+
+def test_names_of_predictions_are_those_of_the_values_of_nameless_references(series: Series, tmp_path: Path) -> None:
+    reference = save_ras(series, tmp_path / "ref" / "a.nii.gz", organs(3, 6))
+    named = Labels(values={"liver": 2, "heart": 3})  # as of a model that knows no spleen
+    prediction = save_ras(series, tmp_path / "a.nii.gz", organs(4, 6, spleen=False), named)
+    found = evaluate_folders(prediction, reference)
+    assert found.labels.values == {"liver": 2, "label_40": 40}
+    assert [score.status for score in found.cases[0].scores] == ["scored", "missed"]
+    assert found.left_out == ("heart",)
+
+
+def test_capitals_of_names_may_differ_from_file_to_file(series: Series, tmp_path: Path) -> None:
+    for case, name in (("a", "Liver"), ("b", "LIVER")):
+        labels = Labels(values={name: 2})
+        save_ras(series, tmp_path / f"ref/{case}.nii.gz", organs(3, 6, spleen=False), labels)
+        save_ras(series, tmp_path / f"out/{case}.nii.gz", organs(4, 6, spleen=False), Labels(values={"liver": 2}))
+    found = evaluate_folders(tmp_path / "out", tmp_path / "ref")
+    assert found.labels.values == {"Liver": 2}
+    assert found.classes[0].n == 2
+    assert found.mean.dice == pytest.approx(2 * 27 / (36 + 27))
+    two = Labels(values={"Liver": 2, "liver": 40})
+    save_ras(series, tmp_path / "ref/a.nii.gz", organs(3, 6), two)
+    found = evaluate_folders(tmp_path / "ref/a.nii.gz", tmp_path / "ref/a.nii.gz")
+    assert [score.dice for score in found.cases[0].scores] == [1.0, 1.0]
 
 
 def test_names_that_references_have_are_used(series: Series, tmp_path: Path) -> None:
@@ -377,11 +420,13 @@ def test_names_that_references_have_are_used(series: Series, tmp_path: Path) -> 
     found = evaluate_folders(tmp_path / "references", tmp_path / "references")
     assert found.labels.values == {"kidney": 1, "liver": 2, "spleen": 3}  # c has other values: names are what counts
     assert found.mean.dice == 1.0
-    save_ras(series, tmp_path / "references/d.nii.gz", organs(3, 6))  # names none
-    assert evaluate_folders(tmp_path / "references", tmp_path / "references").labels.values == {
-        "label_2": 2,
-        "label_40": 40,
-    }
+    save_ras(series, tmp_path / "references/d.nii.gz", organs(3, 6))  # names none: which organ is 2?
+    with pytest.raises(InputError, match=r"d\.nii\.gz: its values have no names"):
+        evaluate_folders(tmp_path / "references", tmp_path / "references")
+    (tmp_path / "references/c.nii.gz").unlink()
+    found = evaluate_folders(tmp_path / "references", tmp_path / "references")
+    assert found.labels.values == {"liver": 2, "kidney": 5, "spleen": 40}  # the others agree
+    assert (found.mean.dice, found.failed, found.unscored) == (1.0, {}, {})
 
 
 def test_segmentations_are_found_in_files_and_folders(series: Series, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -126,6 +128,79 @@ def test_volumes_in_millilitres() -> None:
 def test_a_mask_without_labels_has_no_volumes() -> None:
     with pytest.raises(ValueError, match="without labels"):
         Mask(np.zeros((2, 2, 1), np.uint8), GRID).volumes_ml()
+
+
+def named(own: dict[str, int] | None, values: list[int], labels: Labels) -> list[int]:
+    mask = Mask(np.array(values, np.uint8).reshape(-1, 1, 1), Geometry((len(values), 1, 1), np.eye(4)))
+    found = replace(mask, labels=Labels(values=own) if own else None).named(labels)
+    assert found.labels == labels
+    return [int(value) for value in found.array.ravel()]
+
+
+def test_names_decide_and_values_stand_in_for_none_of_them() -> None:
+    labels = Labels(values={"liver": 1, "tumor": 2, "spleen": 300}, ignore=9)
+    assert named(None, [0, 2, 1, 9], labels) == [0, 2, 1, 9]
+    assert named({"tumor": 1, "Liver": 2}, [0, 1, 2], labels) == [0, 2, 1]
+    assert named({"liver": 1, "tumor": 2, "SPLEEN": 3}, [0, 1, 3], labels) == [0, 1, 300]
+    assert named({"liver": 1, "heart": 7}, [0, 1], labels) == [0, 1]  # no voxel of a heart
+    assert named({"liver": 1}, [0, 1, 2, 9], labels) == [0, 1, 2, 9]  # names and values agree
+    for own, values, fault in (
+        ({"spleen": 1, "heart": 2}, [1, 2], r"unknown names \(values \[2\]\) \(expected liver, tumor, spleen\)"),
+        ({"heart": 1}, [1], r"unknown names \(values \[1\]\)"),  # which is the liver's value
+        ({"liver": 2}, [1, 2], r"does not name its label values \[1\]"),  # the liver's value, but the liver is 2
+        ({"spleen": 3}, [3, 9], r"does not name its label values \[9\]"),
+        ({"liver": 1}, [1, 5], r"label values \[5\] have no name"),
+        (None, [5], r"label values \[5\] have no name .*--labels"),
+    ):
+        with pytest.raises(InputError, match=f"^mask: .*{fault}"):
+            named(own, values, labels)
+
+
+def test_capitals_alone_tell_no_labels_apart_unless_both_are_spelled_so() -> None:
+    both = Labels(values={"Liver": 4, "liver": 5})
+    assert named({"Liver": 1, "liver": 2}, [1, 2], both) == [4, 5]
+    assert named({"liver": 1}, [1], both) == [5]
+    one = Labels(values={"liver": 1})
+    assert named({"Liver": 1, "liver": 2}, [1, 1], one) == [1, 1]
+    for own, values, labels in (({"LIVER": 1}, [1], both), ({"Liver": 1, "liver": 2}, [1, 2], one)):
+        with pytest.raises(InputError, match="names differ in capitals alone"):
+            named(own, values, labels)
+
+
+@given(st.permutations(range(1, 6)), st.integers(0, 99))
+def test_names_find_their_values_whatever_these_are(values: list[int], seed: int) -> None:
+    names = ["a", "b", "c", "d", "e"]
+    own, other = (
+        Labels(values=dict(zip(names, values, strict=True))),
+        Labels(values={name: 100 * n for n, name in enumerate(names, start=1)}),
+    )
+    indices = np.random.default_rng(seed).integers(0, 6, (3, 4, 5)).astype(np.uint8)
+    grid = Geometry((3, 4, 5), np.eye(4))
+    drawn = np.choose(indices, [0, *values]).astype(np.uint8)
+    found = Mask(drawn, grid, own).named(other)
+    np.testing.assert_array_equal(found.array, indices.astype(int) * 100)
+    np.testing.assert_array_equal(replace(found, labels=other).named(own).array, drawn)
+
+
+def test_codings_and_colours_are_the_masks_where_none_are_given() -> None:
+    own = Labels(
+        values={"Liver": 1, "heart": 2}, codings={"Liver": LIVER}, colours={"Liver": (1, 2, 3), "heart": (0, 0, 9)}
+    )
+    mask = Mask(np.ones((2, 2, 1), np.uint8), GRID, own)
+    given_values = Labels(values={"liver": 5, "tumor": 6}, colours={"tumor": (7, 7, 7)})
+    assert mask.named(given_values).labels == given_values.model_copy(
+        update={"codings": {"liver": LIVER}, "colours": {"liver": (1, 2, 3), "tumor": (7, 7, 7)}}
+    )
+    coloured = Labels(values={"liver": 1}, colours={"liver": (0, 0, 0)})
+    assert mask.named(coloured).labels == coloured.model_copy(update={"codings": {"liver": LIVER}})
+
+
+def test_labels_can_be_left_out() -> None:
+    array = np.array([[[1], [2]], [[5], [0]]])
+    mask = Mask(array, GRID, Labels(values={"a": 1, "b": 2}))
+    assert mask.without(["b"]).array.ravel().tolist() == [1, 0, 5, 0]
+    assert array.ravel().tolist() == [1, 2, 5, 0]
+    assert mask.without([]) is mask
 
 
 def test_a_mask_is_cropped_and_padded_where_nothing_is_lost() -> None:

@@ -8,7 +8,7 @@ segmentations (``segmentation``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -267,15 +267,14 @@ def read_mask(path: Path, labels: Labels | None = None, image: Volume | Mask | N
 
     Returns:
         Mask with an integer array (I, J, K). Without ``labels`` the values are as in the file, and the names are the
-        file's own, or None where it has none. With ``labels`` the values are theirs: segments (DICOM, ``.seg.nrrd``)
-        are known by their names, capitals aside; the values of other files as well where the file names all of them
-        and ``labels`` has all these names, else the values are as in the file.
+        file's own, or None where it has none. With ``labels`` it is ``Mask.named``: what the file names (a DICOM
+        segmentation, ``.seg.nrrd``, NIfTI with an extension of labels) is known by its names, else by its values.
 
     Raises:
         UnreadableFile: the file is damaged or of no known format.
         GeometryMismatch: segments whose voxels do not lie on those of ``image``.
-        InputError: more than one channel, values that are no integers, or (with ``labels``) values without a name, or
-            segments that have none of its names.
+        InputError: more than one channel, values that are no integers, or (with ``labels``) what ``Mask.named``
+            refuses.
     """
     header = image.header if image else None
     mask = _read_mask(path, header if isinstance(header, Series) else None)
@@ -284,13 +283,19 @@ def read_mask(path: Path, labels: Labels | None = None, image: Volume | Mask | N
     elif has_segments(path):
         for warning in mask.warnings:
             _log.warning("%s: %s", path, warning)
-    if labels is None:
-        return mask
-    array = mask.array if mask.labels is None else _by_name(mask, labels, path)
-    if unknown := labels.unknown(array):
-        found = f"label values {unknown[:10]} have no name"
-        raise InputError(path, found, f"0 and {dict(labels.values)}", naming(np.unique(array).tolist(), labels))
-    return replace(mask, array=array, labels=labels)
+    return mask if labels is None else mask.named(labels)
+
+
+def own_labels(path: Path) -> Labels | None:
+    """The labels that a mask's file names, None where it names none; voxels are read of segments alone.
+
+    Raises:
+        UnreadableFile: the file is damaged or of no known format.
+        InputError: segments that cannot be read.
+    """
+    if has_segments(path):
+        return _read_mask(path, None).labels
+    return nifti.labels_of(path) if format_of(path) is nifti else None
 
 
 def has_segments(path: Path) -> bool:
@@ -366,14 +371,6 @@ def integral(array: NDArray[Any], where: object) -> NDArray[Any]:
     return values
 
 
-def naming(values: Iterable[int], labels: Labels) -> str:
-    """What to do about a mask with values that ``labels`` does not name."""
-    if set(values) != {0, 255}:
-        return "name them in dataset.json, or correct the mask"
-    name = labels.names[0]
-    return f'it is black and white: write "labels": {{"{name}": 255}} in dataset.json, or divide the mask by 255'
-
-
 def describe_grid(item: Volume | Mask) -> str:
     """Shape, spacing and orientation of a grid in a few words, for messages."""
     g = item.geometry
@@ -426,26 +423,8 @@ def _read_mask(path: Path, series: Series | None) -> Mask:
     volume = form.read_labels(path)
     if volume.array.shape[0] != 1:
         raise InputError(path, f"has {volume.array.shape[0]} channels", "a mask of one channel")
-    labels = nifti.labels_of(path) if form is nifti else None
-    return Mask(integral(volume.array[0], path), volume.geometry, labels, volume.paths, volume.header, volume.warnings)
-
-
-def _by_name(mask: Mask, labels: Labels, path: Path) -> NDArray[Any]:
-    """The array with the values that ``labels`` has for the mask's own names; see ``read_mask``."""
-    own = {} if mask.labels is None else mask.labels.values
-    there = sorted({0, *(int(value) for value in np.unique(mask.array))})
-    known = {name.casefold(): value for name, value in labels.values.items()} | labels.values
-    new = {value: known.get(name, known.get(name.casefold())) for name, value in own.items()} | {0: 0}
-    if strange := [value for value in there if new.get(value) is None]:
-        if has_segments(path):  # no names: they may be of any text
-            remedy = "give the segments these names; or convert the mask to .nii.gz, whose values count"
-            raise InputError(path, f"has segments {strange[:10]} of unknown names", ", ".join(labels.names), remedy)
-        return mask.array
-    if all(new[value] == value for value in there):
-        return mask.array
-    table = np.array([new[value] for value in there])
-    kind = np.result_type(np.min_scalar_type(table.min()), np.min_scalar_type(table.max()))
-    return table.astype(kind)[np.searchsorted(there, mask.array)]
+    array, paths = integral(volume.array[0], path), volume.paths or (path,)
+    return Mask(array, volume.geometry, own_labels(path), paths, volume.header, volume.warnings)
 
 
 def _finite_type(volume: Volume) -> np.dtype[Any]:

@@ -319,10 +319,11 @@ def test_a_segmentation_is_written_and_read_by_name(tmp_path: Path) -> None:
     assert own.labels is not None
     assert own.labels.values == {"liver": 1, "spleen": 2}  # numbers of segments
     found = read_mask(tmp_path / "a.dcm", LABELS)
-    assert found.labels == LABELS
+    assert found.labels is not None
+    assert found.labels.values == LABELS.values
     np.testing.assert_array_equal(found.array, mask.array)
     assert read_mask(tmp_path / "a.dcm", Labels(values={"Spleen": 1, "LIVER": 2})).array[0, 0, :3].tolist() == [0, 2, 1]
-    with pytest.raises(InputError, match=r"segments \[2\] of unknown names .*expected liver"):
+    with pytest.raises(InputError, match=r"a\.dcm: has labels of unknown names \(values \[2\]\) \(expected liver\)"):
         read_mask(tmp_path / "a.dcm", Labels(values={"liver": 1}))
     few = mask.array * (np.arange(4) == 2)  # labels in one slice: the others are not stored
     write_mask(replace(mask, array=few), tmp_path / "few.dcm")
@@ -337,20 +338,42 @@ def test_a_segmentation_is_written_and_read_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "first"),
     [
-        ({"spleen": 3, "liver": 7}, [0, 7, 3]),  # all known: by name
-        ({"Spleen": 300, "liver": -7}, [0, -7, 300]),
-        ({"liver": 3, "kidney": 7}, [0, 3, 7]),  # not all known: by value
-        ({"kidney": 7, "spleen": 3}, [0, 3, 7]),
+        ({"spleen": 3, "liver": 7}, [0, 7, 3]),
+        ({"Spleen": 300, "liver": -7, "kidney": 3}, [0, -7, 300]),
     ],
 )
-def test_a_nifti_with_names_is_read_by_name_where_all_are_known(
-    names: dict[str, int], first: list[int], tmp_path: Path
-) -> None:
+def test_a_nifti_with_names_is_read_by_name(names: dict[str, int], first: list[int], tmp_path: Path) -> None:
     write_mask(Mask(LABELS.to_values(ARRAY), Geometry(ARRAY.shape, np.eye(4)), LABELS), tmp_path / "a.nii.gz")
     own = read_mask(tmp_path / "a.nii.gz")
     assert own.labels is not None
     assert own.labels.values == LABELS.values
+    assert io.own_labels(tmp_path / "a.nii.gz") == own.labels
     assert read_mask(tmp_path / "a.nii.gz", Labels(values=names)).array[0, 0, :3].tolist() == first
+    for other in ({"liver": 3, "kidney": 7}, {"kidney": 7, "spleen": 3}):  # no organ becomes another by its value
+        with pytest.raises(InputError, match=r"unknown names \(values \[.\]\).*file given with --labels"):
+            read_mask(tmp_path / "a.nii.gz", Labels(values=other))
+
+
+def test_own_labels_of_other_masks(tmp_path: Path) -> None:
+    grid = Geometry(ARRAY.shape, np.eye(4))
+    write_mask(Mask(LABELS.to_values(ARRAY), grid, LABELS), tmp_path / "a.seg.nrrd")
+    own = io.own_labels(tmp_path / "a.seg.nrrd")
+    assert own is not None
+    assert own.values == LABELS.values
+    assert io.own_labels(written(tmp_path / "a.nii.gz")) is None
+    assert io.own_labels(written(tmp_path / "a.mha")) is None
+    with pytest.raises(InputError):
+        io.own_labels(tmp_path / "a")
+
+
+@pytest.mark.parametrize("ending", [".seg.nrrd", ".nii.gz"])
+def test_voxels_to_be_ignored_come_back(ending: str, tmp_path: Path) -> None:
+    labels = LABELS.model_copy(update={"ignore": 9})
+    array = np.choose(ARRAY, [0, 3, 9]).astype(np.uint8)
+    write_mask(Mask(array, Geometry(array.shape, np.eye(4)), labels), tmp_path / f"a{ending}")
+    np.testing.assert_array_equal(read_mask(tmp_path / f"a{ending}", labels).array, array)
+    with pytest.raises(InputError, match=r"label values \[9\] have no name"):
+        read_mask(tmp_path / f"a{ending}", LABELS)
 
 
 def test_a_label_that_no_voxel_has_is_of_no_matter(tmp_path: Path) -> None:
