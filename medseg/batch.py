@@ -227,7 +227,7 @@ class _Batch:
 
     def write_label_tables(self) -> None:
         """Write the tables of labels; in the journal they are the files of a case without a name."""
-        tables = label_tables.tables(self.predictor.labels, self.predictor.package.manifest.name)
+        tables = label_tables.tables(self.predictor.labels)
         digests: dict[str, str] = {}
         for name, text in tables.items():
             path, digest = self.out / name, hashlib.sha256(text.encode()).hexdigest()
@@ -386,7 +386,7 @@ class _Batch:
         """What is unusual about a mask; regions are looked at by the labels that they unite."""
         package = self.predictor.package
         medians = work.sample.medians(mask.array) if work.sample else ()
-        labels = package.plan.labels.model_copy(update={"regions": {}})
+        labels = self.predictor.labels.model_copy(update={"regions": {}})
         return quality.flags(
             stats.measure(None, replace(mask, labels=labels)),
             mask.geometry,
@@ -415,7 +415,6 @@ class _Batch:
             "allow_uncoded": outputs.allow_uncoded,
             "model": package.manifest.name,
             "version": package.digest[:12],
-            "dataset": package.manifest.name,
         }
 
     def _files(self, case: Case) -> list[str]:
@@ -480,7 +479,7 @@ class _Batch:
 
     def _write_tables(self) -> None:
         predictor = self.predictor
-        labels = predictor.package.plan.labels
+        labels = predictor.labels
         facts = {
             "model": predictor.package.manifest.name,
             "model_digest": predictor.package.digest,
@@ -570,8 +569,8 @@ def _require_dicom(predictor: Predictor, cases: Sequence[Case], outputs: Outputs
     if others:
         remedy = "leave it out; `medseg convert` makes one of a mask and the series that it lies on"
         raise InputError(where, f"{len(others)} of {len(cases)} images are no DICOM, as {others[0]}", "DICOM", remedy)
-    labels, name = predictor.labels, predictor.package.manifest.name
-    uncoded = [label for label in labels.names if labels.coding(label, name) is None]
+    labels = predictor.labels
+    uncoded = [label for label in labels.names if labels.coding(label) is None]
     if uncoded and not outputs.allow_uncoded:
         remedy = 'name it as a structure that SNOMED CT has, put "codings" into dataset.json, or use --allow-uncoded'
         raise InputError(where, f"has no code for {', '.join(uncoded)}", "a code for every label", remedy)

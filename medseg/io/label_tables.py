@@ -44,7 +44,7 @@ class _Row:
     coding: Coding | None = None
 
 
-def tables(labels: Labels, dataset: str = "") -> dict[str, str]:
+def tables(labels: Labels) -> dict[str, str]:
     """The labels as files to lie beside masks: ``labels.csv`` (Slicer), ``labels.txt`` (ITK-SNAP), ``dseg.tsv`` (BIDS).
 
     Of names, what a format cannot hold is replaced: line ends and tabs by spaces and, but for BIDS, quotation marks by
@@ -53,12 +53,11 @@ def tables(labels: Labels, dataset: str = "") -> dict[str, str]:
 
     Args:
         labels: what the masks hold; ``ignore`` and regions are left out.
-        dataset: name of the dataset or model, as for ``terminology.coding_of``.
 
     Returns:
         Name of each file and its text (UTF-8).
     """
-    return {SLICER: _slicer(labels, dataset), ITK_SNAP: _itk_snap(labels), BIDS: _bids(labels)}
+    return {SLICER: _slicer(labels), ITK_SNAP: _itk_snap(labels), BIDS: _bids(labels)}
 
 
 def read_labels_file(path: Path) -> Labels:
@@ -132,10 +131,10 @@ def _integers(value: Any, name: str, listing: Path) -> tuple[int, ...]:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _slicer(labels: Labels, dataset: str) -> str:
+def _slicer(labels: Labels) -> str:
     table = [["LabelValue", "Name", "Color_R", "Color_G", "Color_B", "Color_A", *_CODE_COLUMNS]]
     for name in labels.names:
-        coding = labels.coding(name, dataset)
+        coding = labels.coding(name)
         codes = [_unquoted(field) for triplet in (coding.triplets if coding else _UNCODED) for field in triplet]
         table.append([str(labels.values[name]), _unquoted(name), *map(str, labels.colour(name)), "255", *codes])
     text = io.StringIO()

@@ -24,7 +24,7 @@ LABELS = Labels(
 
 
 def written(labels: Labels, folder: Path, dataset: str = "") -> list[Path]:
-    made = tables(labels, dataset)
+    made = tables(labels.coded(dataset))
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
     return [folder / name for name in made]

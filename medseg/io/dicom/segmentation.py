@@ -49,10 +49,8 @@ _INHERITED = (
     *("StudyID", "ReferringPhysicianName"),
 )
 """What the Patient and General Study modules must have, if only empty (type 2: PS3.3 C.7.1.1, C.7.2.1)."""
-_INHERITED_IF_THERE = (
-    *("IssuerOfPatientID", "PatientIdentityRemoved", "DeidentificationMethod", "DeidentificationMethodCodeSequence"),
-    "StudyDescription",
-)
+_METHODS = ("DeidentificationMethod", "DeidentificationMethodCodeSequence")
+_INHERITED_IF_THERE = (*("IssuerOfPatientID", "PatientIdentityRemoved", *_METHODS, "StudyDescription"),)
 _REFERRED = (
     *("SOPClassUID", "Modality", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
 )
@@ -65,6 +63,7 @@ _ALLOWED = {
 }
 """Patterns of values that are terms and numbers (PS3.3 C.7.1.1, C.7.6.1.1.5); others may be text of any kind."""
 _NOWHERE = (1e6, 1e6, 1e6)
+_CONVERTED = "converted by medseg"
 _BACKGROUND = "125040"
 """Of the scheme DCM."""
 _LONG_STRING = 64
@@ -78,6 +77,8 @@ _SOP_CLASS_UID = 0x00080016
 _BIG_ENDIAN, _RLE = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.5"
 _MOST_LABELS = 254  # see Labels
 _MOST_VOXELS = 2**32
+_MOST_BYTES = 2**32 - 2
+"""Of an element whose length is stated: PS3.5, 7.1.1."""
 _MOST_COMPRESSION = 10_000
 """Times; a frame of one colour is a thousandth in JPEG-LS."""
 _MOST_RUN = 64
@@ -96,10 +97,9 @@ def write(
     path: Path,
     *,
     kind: Kind = "BINARY",
-    model: str = "medseg",
+    model: str = "",
     version: str = medseg.__version__,
     allow_uncoded: bool = False,
-    dataset: str = "",
 ) -> None:
     """Write a mask as a DICOM SEG of the series that it was made from, atomically.
 
@@ -112,10 +112,9 @@ def write(
         mask: with labels; ``header`` is the series, the grid its own or one that ``Mask.placed`` brings to it.
         path: of the file.
         kind: BINARY or LABELMAP.
-        model: name of what made the mask.
-        version: its version.
+        model: name of the model that made the mask; empty where nobody knows who made it, and the SEG says so.
+        version: of the model.
         allow_uncoded: give labels without codes private ones of ``PRIVATE_SCHEME``, instead of refusing them.
-        dataset: name of the dataset or model that labels may need to be understood: see ``terminology.coding_of``.
 
     Raises:
         InputError: no labels, no DICOM series behind the mask, labels without codes, or names that DICOM cannot hold.
@@ -130,10 +129,12 @@ def write(
         raise InputError(path, "has no DICOM series behind it", "a mask of a DICOM series", remedy)
     if (labels := mask.labels) is None:
         raise InputError(path, "the mask has no labels", "names of its integers", "read it with labels")
-    segments = _segments(labels, path, dataset, allow_uncoded)
+    segments = _segments(labels, path, allow_uncoded)
     with _quiet():
         frames, images = _frames(mask, labels, series), _images_of(series)
-        built = _built(frames, images, segments, kind, _Maker(model, version), series.name)
+        if kind == "BINARY":
+            _check_fits(frames, path)
+        built = _built(frames, images, segments, kind, _Maker.of(model, version), series.name)
         with replacing(path) as temporary:
             built.save_as(temporary)
 
@@ -219,23 +220,52 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _Maker:
+    """A model by name and version; ``model`` is empty where nobody knows what made the mask."""
+
     model: str
     version: str
 
+    @classmethod
+    def of(cls, model: str, version: str) -> _Maker:
+        """As DICOM can hold it."""
+        return cls(_text(model) or ("model without a name" if model else ""), _text(version) or "unknown")
 
-def _segments(labels: Labels, path: Path, dataset: str, allow_uncoded: bool) -> list[_Segment]:
+    @property
+    def description(self) -> str:
+        """Of the series."""
+        return _text(f"medseg, research use only: {self.model}" if self.model else f"{_CONVERTED}, research use only")
+
+    def sign(self, description: Any) -> None:
+        """Say in the description of a segment what made it.
+
+        Of the kinds that there are (PS3.3, C.8.20.2) MANUAL and AUTOMATIC would claim something of an unknown maker.
+        """
+        from highdicom import AlgorithmIdentificationSequence
+        from pydicom.sr.codedict import codes
+
+        description.SegmentAlgorithmType = "AUTOMATIC" if self.model else "SEMIAUTOMATIC"
+        description.SegmentAlgorithmName = self.model or f"unknown, {_CONVERTED}"
+        if self.model:
+            family = codes.DCM.ArtificialIntelligence
+            algorithm = AlgorithmIdentificationSequence(self.model, family, self.version)
+            description.SegmentationAlgorithmIdentificationSequence = algorithm
+
+
+def _segments(labels: Labels, path: Path, allow_uncoded: bool) -> list[_Segment]:
     unfit = [name for name in labels.names if not name.strip() or _text(name) != name]
     if unfit:
         expected = f"at most {_LONG_STRING} characters, without backslash and line ends"
-        raise InputError(path, f"label names that DICOM cannot hold: {', '.join(map(repr, unfit))}", expected)
-    codings = {name: labels.coding(name, dataset) for name in labels.names}
+        found = f"label names that DICOM cannot hold: {', '.join(map(repr, unfit))}"
+        raise InputError(path, found, expected, "give them others, in a table for --labels or in dataset.json")
+    codings = {name: labels.coding(name) for name in labels.names}
     uncoded = [name for name, coding in codings.items() if coding is None]
     if uncoded and not allow_uncoded:
         raise InputError(
             path,
             f"labels without a SNOMED CT code: {', '.join(uncoded)}",
             "a code for every segment",
-            "give --labels with codes (a model package, dataset.json or table), or --allow-uncoded for private ones",
+            "give --labels with codes (a model package, dataset.json or 3D Slicer's .csv; the other tables hold none), "
+            "or --allow-uncoded for private ones",
         )
     return [_Segment(name, codings[name] or _private(name), labels.colour(name)) for name in labels.names]
 
@@ -375,6 +405,8 @@ def _inherit(header: Any, source: Any, where: str) -> None:
         elif keyword in _INHERITED:
             setattr(source, keyword, "")
             empty.append(keyword)
+    if source.get("PatientIdentityRemoved") == "YES" and not any(method in source for method in _METHODS):
+        del source.PatientIdentityRemoved  # it takes a method: PS3.3, C.7.1.1
     if empty:
         log.warning("%s: no usable %s in the images; left empty in the DICOM SEG", where, ", ".join(empty))
 
@@ -389,6 +421,8 @@ def _element(header: Any, keyword: str) -> Any:
             if name in header:
                 alone[name] = header[name]
         alone.decode()
+        if keyword == "ReferringPhysicianName" and alone.get(keyword) and alone[keyword].VM > 1:
+            alone.ReferringPhysicianName = alone.ReferringPhysicianName[0]  # it has one alone: PS3.3, C.7.2.1
         return alone[keyword] if keyword in alone and _is_valid(keyword, alone[keyword].value) else None
     except _bad_data():
         return None
@@ -401,6 +435,8 @@ def _is_valid(keyword: str, value: Any) -> bool:
     if keyword in _ALLOWED:
         values = value if isinstance(value, MultiValue) else [value]
         return all(re.fullmatch(_ALLOWED[keyword], str(one)) for one in values)
+    if keyword == "StudyDescription":
+        return isinstance(value, str) and len(value) <= _LONG_STRING
     kind = DA if keyword.endswith("Date") else TM if keyword.endswith("Time") else str
     try:
         kind(value)
@@ -419,19 +455,24 @@ def _frames(mask: Mask, labels: Labels, series: dicom.Series) -> NDArray[np.uint
     return np.ascontiguousarray(indices.transpose(2, 1, 0))
 
 
+def _check_fits(frames: NDArray[np.uint8], path: Path) -> None:
+    """Refuse more pixels than an element of a stated length can hold: a frame a slice and segment on it, a bit each."""
+    count = sum(int(np.count_nonzero(np.bincount(plane.ravel())[1:])) for plane in frames)
+    if (size := (count * frames[0].size + 7) // 8) > _MOST_BYTES:
+        found = f"{count:,} frames of {size:,} bytes together"
+        raise InputError(path, found, f"{_MOST_BYTES:,} bytes at the most", "write a labelmap: --seg-type labelmap")
+
+
 def _built(
     frames: NDArray[np.uint8], images: _Images, segments: list[_Segment], kind: Kind, maker: _Maker, where: str
 ) -> Any:
     import highdicom
     from highdicom.coding_schemes import CodingSchemeIdentificationItem
-    from pydicom.sr.codedict import codes
     from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
     sources, positions = images.sources, images.positions
     if not frames.any():  # nothing to show, but a SEG has frames: one slice says it for all
         frames, positions, sources = frames[:1], positions and positions[:1], sources[:1]
-    model, version = _text(maker.model), _text(maker.version)
-    algorithm = highdicom.AlgorithmIdentificationSequence(model, codes.DCM.ArtificialIntelligence, version)
     private = any(segment.coding.type.scheme == PRIVATE_SCHEME for segment in segments)
     schemes = [CodingSchemeIdentificationItem(PRIVATE_SCHEME, name="medseg: labels without a code")]
     make = functools.partial(
@@ -441,30 +482,33 @@ def _built(
         pixel_array=frames,
         plane_positions=positions,
         segmentation_type=kind,
-        segment_descriptions=[_description(n, segment, algorithm) for n, segment in enumerate(segments, start=1)],
+        segment_descriptions=[_description(n, segment) for n, segment in enumerate(segments, start=1)],
         series_instance_uid=highdicom.UID(),
         series_number=_SERIES_NUMBER,
         sop_instance_uid=highdicom.UID(),
         instance_number=1,
         manufacturer="medseg",
-        manufacturer_model_name=model,
+        manufacturer_model_name=maker.model or "medseg",
         software_versions=medseg.__version__,
         device_serial_number="0",
         content_label="MEDSEG",
         content_description="Research use only",
-        series_description=_text(f"medseg, research use only: {model}"),
+        series_description=maker.description,
         coding_schemes=schemes if private else None,
         transfer_syntax_uid=ExplicitVRLittleEndian if kind == "BINARY" else RLELossless,
         specific_character_set="ISO_IR 192",
     )
     try:
-        return make()
+        built = make()
     except (LookupError, ValueError) as failure:  # as KeyError for images of a SOP class that highdicom knows not
         found = f"highdicom makes no DICOM SEG of its headers ({type(failure).__name__})"
         raise InputError(where, found, "images of a standard SOP class", "write another format") from None
+    for segment in built.SegmentSequence:  # the background too
+        maker.sign(segment)
+    return built
 
 
-def _description(number: int, segment: _Segment, algorithm: Any) -> Any:
+def _description(number: int, segment: _Segment) -> Any:
     from highdicom.color import CIELabColor
     from highdicom.seg import SegmentDescription
 
@@ -474,8 +518,7 @@ def _description(number: int, segment: _Segment, algorithm: Any) -> Any:
         segment_label=segment.name,
         segmented_property_category=_concept(coding.category),
         segmented_property_type=_concept(coding.type),
-        algorithm_type="AUTOMATIC",
-        algorithm_identification=algorithm,
+        algorithm_type="MANUAL",  # until it is signed
         anatomic_regions=[_concept(coding.region)] if coding.region else None,
         display_color=CIELabColor.from_rgb(*segment.colour),
     )

@@ -362,6 +362,40 @@ def test_labels_without_codes_are_refused_or_get_private_ones(axial: dicom.Serie
     assert max(len(code.CodeValue) for code in codes) <= 16
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_an_unknown_maker_nothing_is_claimed(axial: dicom.Series, kind: Any, tmp_path: Path) -> None:
+    segmentation.write(a_mask(axial), tmp_path / "seg.dcm", kind=kind)
+    for segment in segments_of(tmp_path / "seg.dcm"):
+        assert segment.SegmentAlgorithmType == "SEMIAUTOMATIC"
+        assert segment.SegmentAlgorithmName == "unknown, converted by medseg"
+        assert "SegmentationAlgorithmIdentificationSequence" not in segment
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert seg.SeriesDescription == "converted by medseg, research use only"
+    assert seg.ManufacturerModelName == "medseg"
+    if kind == "BINARY" and shutil.which("dciodvfy"):
+        assert faults(tmp_path / "seg.dcm") == []
+
+
+def test_a_maker_that_dicom_cannot_hold_has_a_name_all_the_same(axial: dicom.Series, tmp_path: Path) -> None:
+    segmentation.write(a_mask(axial), tmp_path / "seg.dcm", model="\\\n", version="")
+    (segment, *_) = segments_of(tmp_path / "seg.dcm")
+    algorithm = segment.SegmentationAlgorithmIdentificationSequence[0]
+    assert (algorithm.AlgorithmName, algorithm.AlgorithmVersion) == ("model without a name", "unknown")
+
+
+def test_more_pixels_than_an_element_holds_are_refused(
+    axial: dicom.Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # labels by slice: none; 7; 7, 300; 400: 4 frames of 6 x 5 bits are 15 bytes
+    monkeypatch.setattr(segmentation, "_MOST_BYTES", 15)
+    segmentation.write(a_mask(axial), tmp_path / "seg.dcm")
+    monkeypatch.setattr(segmentation, "_MOST_BYTES", 14)
+    with pytest.raises(InputError, match="4 frames of 15 bytes") as failure:
+        segmentation.write(a_mask(axial), tmp_path / "more.dcm")
+    assert "--seg-type labelmap" in failure.value.remedy
+    segmentation.write(a_mask(axial), tmp_path / "more.dcm", kind="LABELMAP")
+
+
 def test_an_empty_mask_is_a_valid_seg(axial: dicom.Series, tmp_path: Path) -> None:
     for kind, frames in (("BINARY", 3), ("LABELMAP", 1)):  # one slice, of every segment
         path = tmp_path / f"{kind}.dcm"
@@ -421,6 +455,31 @@ def test_only_patient_and_study_are_taken_from_the_images(
     assert "PatientSex" in caplog.text
     assert MARKER not in caplog.text
     assert "ZQ" not in caplog.text
+
+
+def test_what_is_not_valid_in_the_images_is_mended(tmp_path: Path) -> None:
+    def change(dataset: Any, k: int) -> None:
+        dataset.PatientIdentityRemoved = "YES"
+        dataset.StudyDescription = "x" * 64
+        dataset.ReferringPhysicianName = ["First^Name", "Second^Name"]
+
+    series = a_series(tmp_path / "a", change=change)
+    segmentation.write(a_mask(series), tmp_path / "seg.dcm")
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert "PatientIdentityRemoved" not in seg  # without a method
+    assert seg.ReferringPhysicianName == "First^Name"
+    assert seg.StudyDescription == "x" * 64
+    if shutil.which("dciodvfy"):
+        assert faults(tmp_path / "seg.dcm") == []
+
+    def more(dataset: Any, k: int) -> None:
+        dataset.PatientIdentityRemoved, dataset.DeidentificationMethod = "YES", "by hand"
+        dataset.add_new("StudyDescription", "LT", "x" * 65)  # of another kind, which holds more
+
+    segmentation.write(a_mask(a_series(tmp_path / "b", change=more)), tmp_path / "seg.dcm")
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert (seg.PatientIdentityRemoved, seg.DeidentificationMethod) == ("YES", "by hand")
+    assert "StudyDescription" not in seg
 
 
 def test_what_is_missing_in_the_images_is_left_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
