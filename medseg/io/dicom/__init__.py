@@ -13,6 +13,7 @@ import fnmatch
 import hashlib
 import logging
 import re
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from medseg.errors import IncompleteSeries, InputError, UnreadableFile
 from medseg.geometry import Geometry
 from medseg.io.dicom import frames as files
 from medseg.io.dicom import pixels, stack
-from medseg.io.dicom.archive import UNSEEN, Instance, Reader, instances
+from medseg.io.dicom.archive import UNSEEN, Instance, Reader, instances, is_zip
 from medseg.io.dicom.frames import MISSED, Frame, Image, headers_of, image_of, uid_of
 from medseg.io.dicom.parts import Part, parts_of, planes_of
 from medseg.progress import Progress, silent, track
@@ -34,7 +35,7 @@ from medseg.volume import Volume
 
 __all__ = [
     *("SUFFIXES", "Instance", "Scan", "Series", "check", "headers", "is_dicom", "read", "read_series", "reading_bytes"),
-    *("from_slices", "scan", "select", "to_slices"),
+    *("from_slices", "chosen", "scan", "select", "to_slices"),
 ]
 
 SUFFIXES: tuple[str, ...] = (".dcm", ".zip")
@@ -160,6 +161,7 @@ def scan(place: Path, progress: Progress = silent) -> Scan:
         lost = _owners(missed, {uid for _, uid in groups}, reader)
         lost[_NOBODY] += sum(passed_over[kind] for kind in UNSEEN)
         found = [part for _, images in sorted(groups.items()) for part in _series_of(place, images, reader, lost)]
+        found = [_not_alone(series, reader) for series in found]
     return Scan(tuple(found), dict(sorted(passed_over.items())), place)
 
 
@@ -179,7 +181,19 @@ def select(found: Scan, pattern: str = "", *, resample_irregular: bool = False) 
     Raises:
         IncompleteSeries: it means a series that cannot be used; with the reason.
         UnreadableFile: the reason is a damaged file, or a decoder that is not installed.
-        InputError: it means none, or several of one study; they are listed by UID.
+        InputError: it means none, or several of one study; they are listed by name.
+    """
+    selected = chosen(found, pattern, resample_irregular=resample_irregular)
+    if len(selected) == 1:
+        check(selected[0])
+    return selected
+
+
+def chosen(found: Scan, pattern: str = "", *, resample_irregular: bool = False) -> list[Series]:
+    """As ``select``, but that a series alone may be unusable too.
+
+    Raises:
+        InputError: as ``select``.
     """
     meant = [series for series in found.series if _means(pattern, series)]
     if not meant:
@@ -190,10 +204,7 @@ def select(found: Scan, pattern: str = "", *, resample_irregular: bool = False) 
         studies[series.study_uid].append(_mended(series) if resample_irregular else series)
     for study in {series.study_uid for series in found.series} - set(studies):
         _log.warning("study %s has no series that the pattern means", study)
-    chosen = [_one_of(found.place, group) for group in studies.values()]
-    if len(chosen) == 1:
-        check(chosen[0])
-    return chosen
+    return [_one_of(found.place, group) for group in studies.values()]
 
 
 def check(series: Series) -> Geometry:
@@ -207,7 +218,8 @@ def check(series: Series) -> Geometry:
         return series.geometry
     found, _, remedy = series.reason.partition("; ")
     kind = UnreadableFile if series.damaged else IncompleteSeries
-    raise kind(series.place, f"series {series.key}: {found}", "" if remedy else "one volume", remedy)
+    named = f"series {series.key}: " if series.key else ""
+    raise kind(series.place, f"{named}{found}", "" if remedy else "one volume", remedy)
 
 
 def read_series(series: Series) -> Volume:
@@ -332,6 +344,36 @@ def _series_of(place: Path, images: list[Image], reader: Reader, lost: Counter[s
         return [_series(place, kept, Part("", frames, fault), notes)]
     found = parts_of(frames, lambda frame: pixels.digest(reader, frame))
     return [_series(place, kept, part, notes) for part in found]
+
+
+def _not_alone(series: Series, reader: Reader) -> Series:
+    """A series, which is none that can be read where it is one slice of several and was given by its file."""
+    (place, *others) = (instance.path for instance in series.instances)
+    if series.reason or others or len(series.frames) > 1 or place != series.place or is_zip(place):
+        return series
+    if not any(_is_of_series(reader, path, series) for path in _nearest(place)):
+        return series
+    reason = "is one slice of a series of several files; give the folder that holds them"
+    return replace(series, geometry=None, reason=reason)
+
+
+def _nearest(path: Path) -> list[Path]:
+    """The files of a file's folder, beginning with those whose names lie next to its own."""
+    try:
+        names = sorted(other for other in path.parent.iterdir() if other.is_file())
+    except OSError:
+        return []
+    own = bisect(names, path)
+    return [names[n] for n in sorted(range(len(names)), key=lambda n: abs(n - own))]
+
+
+def _is_of_series(reader: Reader, path: Path, series: Series) -> bool:
+    """Whether a file is another instance of a series."""
+    try:
+        image = image_of(reader, Instance(path))
+    except UnreadableFile:
+        return False
+    return isinstance(image, Image) and image.series_uid == series.uid and image.uid != series.frames[0].uid
 
 
 def _owners(missed: Sequence[Instance], uids: set[str], reader: Reader) -> Counter[str]:
@@ -486,11 +528,12 @@ def _none_found(found: Scan, pattern: str) -> str:
 
 
 def _described(series: Sequence[Series]) -> str:
-    """A list of series without their free text."""
+    """A list of series by their names, without their free text."""
     words = []
     for one in series[:20]:
         shape = "x".join(f"{s:.4g}" for s in one.geometry.spacing) + " mm" if one.geometry else "cannot be used"
-        words.append(f"{one.key} ({one.modality}, {len(one.frames)} slices, {shape})")
+        facts = (one.modality, f"{len(one.frames)} slices", shape, one.part)
+        words.append(f"{one.name} ({', '.join(filter(None, facts))})")
     return ", ".join(words) + (f" and {len(series) - 20} more" if len(series) > 20 else "")
 
 
@@ -503,7 +546,8 @@ def _one_of(place: Path, group: list[Series]) -> Series:
     usable = [series for series in group if not series.reason]
     if len(usable) > 1:
         found = f"{len(usable)} series could be meant: {_described(usable)}"
-        raise InputError(place, found, "one of them", f"name it by its UID; {_LISTED}")
+        remedy = "name it with --series, in Python series=; a model of several channels takes one for each"
+        raise InputError(place, found, "one of them", remedy)
     return (usable or group)[0]
 
 

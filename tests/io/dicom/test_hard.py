@@ -621,8 +621,7 @@ def test_a_study_is_listed_and_selected_from(tmp_path: Path, caplog: pytest.LogC
     for pattern in ("", "T2*", "*", "*canary"):
         with pytest.raises(InputError) as error:
             dicom.select(found, pattern)
-        assert "1.2.3.2" in str(error.value)
-        assert "1.2.3.3" in str(error.value)
+        assert all(series.name in str(error.value) for series in found.series[1:3])
         assert "CANARY" not in str(error.value)
     for pattern in ("T3", "1.2.3", "1.2.3.9", "1.2.3.1[EchoTime=1]", "series_", "[", "1.2.3.*", "T2"):
         with pytest.raises(InputError) as error:
