@@ -43,7 +43,7 @@ MAX_FILLED = 3
 """An uneven stack that would need more than this many times its slices on an even grid is none."""
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_UNEVEN = "give --resample-irregular to read it on an even grid"
+_UNEVEN = "give --resample-irregular (`medseg predict`, `medseg stats`) to read it on an even grid"
 
 
 @dataclass(frozen=True)
