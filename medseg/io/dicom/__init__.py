@@ -67,6 +67,7 @@ class Series:
         frames: its slices; those of a volume in their order.
         damaged: whether the reason is a fault of a file, and none of where the slices lie.
         warnings: what is odd about it but can be read all the same.
+        replaced: whether its files have no true UIDs, so that nothing can refer to them.
     """
 
     place: Path
@@ -86,6 +87,7 @@ class Series:
     frames: tuple[Frame, ...] = field(default=(), repr=False)
     damaged: bool = False
     warnings: tuple[str, ...] = ()
+    replaced: bool = False
 
     @property
     def name(self) -> str:
@@ -459,6 +461,7 @@ def _series(place: Path, images: list[Image], part: Part, notes: list[str]) -> S
         frames=tuple(frames),
         damaged=damaged,
         warnings=(*notes, *filter(None, (part.note, laid.warning, *_oddities(frames, first.modality)))),
+        replaced=any(image.replaced for image in images),
     )
 
 

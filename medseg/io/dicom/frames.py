@@ -1,7 +1,7 @@
 """Images of DICOM by their headers: what a file is, and for each of its frames where it lies and how it is stored.
 
-Values are taken from the bytes of the header here, not by pydicom's conversions: those warn with the value, which may
-be a patient's. What cannot be parsed counts as missing.
+Values are taken from the bytes of the header here, not by pydicom's conversions, which take most of the time that a
+folder of many files needs. What cannot be parsed counts as missing; warnings with values are kept down by ``silent``.
 """
 
 from __future__ import annotations

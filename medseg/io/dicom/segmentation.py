@@ -117,7 +117,8 @@ def write(
         allow_uncoded: give labels without codes private ones of ``PRIVATE_SCHEME``, instead of refusing them.
 
     Raises:
-        InputError: no labels, no DICOM series behind the mask, labels without codes, or names that DICOM cannot hold.
+        InputError: no labels, no DICOM series behind the mask or one without true UIDs, labels without codes, or names
+            that DICOM cannot hold.
         GeometryMismatch: the mask does not lie on the grid of the series.
         UnreadableFile: a file of the series has gone or is damaged.
     """
@@ -127,6 +128,8 @@ def write(
     if not isinstance(series, dicom.Series):
         remedy = "name the series by --reference, or write another format"
         raise InputError(path, "has no DICOM series behind it", "a mask of a DICOM series", remedy)
+    if series.replaced:
+        raise InputError(path, "the images have no true UIDs to refer to", "UIDs of DICOM", "write another format")
     if (labels := mask.labels) is None:
         raise InputError(path, "the mask has no labels", "names of its integers", "read it with labels")
     segments = _segments(labels, path, allow_uncoded)

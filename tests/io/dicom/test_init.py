@@ -25,9 +25,10 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, 
 from medseg.errors import IncompleteSeries, InputError, UnreadableFile
 from medseg.geometry import Geometry
 from medseg.io import dicom
+from medseg.io.dicom import segmentation
 from medseg.io.dicom.archive import Instance, Reader
 from medseg.io.dicom.frames import uid_of
-from medseg.volume import Volume
+from medseg.volume import Labels, Mask, Volume
 
 ARRAY = np.random.default_rng(0).integers(-1000, 3000, (6, 5, 4), dtype=np.int16)
 ACCEPTED = (
@@ -352,6 +353,10 @@ def test_files_without_true_uids_are_read(tmp_path: Path) -> None:
     volume = dicom.read_series(series)
     same(volume, ARRAY, affine_of())
     assert volume.warnings == ("its UIDs are none of DICOM: digests stand for them",)
+    labels = Labels(values={"organ": 1})
+    mask = Mask(np.ones(volume.array.shape[1:], np.uint8), volume.geometry, labels=labels, header=series)
+    with pytest.raises(InputError, match="the images have no true UIDs to refer to"):
+        segmentation.write(mask, tmp_path / "seg.dcm", allow_uncoded=True)
     assert dicom.select(dicom.scan(tmp_path), series.uid)[0].key == series.uid
     assert "JANE" not in f"{series!r}{series.name}".replace(str(tmp_path), "")
     content = paths[3].read_bytes()
