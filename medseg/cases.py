@@ -303,7 +303,7 @@ class _Wanted:
                 log.warning("%s: holds no DICOM image, and is passed over", place)
             of_dicom += of_place
         if of_dicom and images and io.is_picture(images[0]):
-            log.warning("%s: %d pictures beside DICOM are passed over", pattern, len(images))
+            log.warning("%s: pictures beside DICOM are passed over, as %s", pattern, images[0].name)
             images = []
         cases = [*_matching(images, root), *of_dicom]
         if not cases:
@@ -541,8 +541,8 @@ def _unique(cases: Sequence[Case]) -> list[Case]:
         if [_key(source) for source in other.images] != [_key(source) for source in case.images]:
             found = f"is the name of several images: {other.paths[0]} and {case.paths[0]}"
             is_series = isinstance(case.images[0], Series)
-            remedy = "give the folder that holds all files of the series" if is_series else "give ids in a CSV file"
-            raise InputError(case.id, found, "one image a case", remedy + ("" if is_series else ": case,image"))
+            whole = "give the folder that holds all files of the series, or " if is_series else ""
+            raise InputError(case.id, found, "one image a case", f"{whole}give ids in a CSV file: case,image")
     return list(known.values())
 
 

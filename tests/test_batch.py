@@ -61,7 +61,7 @@ def test_a_folder_of_pictures_gives_masks_on_their_own_pixels(of_pictures: Predi
     assert {r.case: r.output for r in results} == {"a": "a.png", "b": "b.png", "c": "c.tif", "empty": "", "grey": ""}
     reasons = {r.case: r.reason for r in results}
     assert "is empty" in reasons["empty"]
-    assert "has 1 channels (expected 3)" in reasons["grey"]
+    assert "has 1 channel (expected 3)" in reasons["grey"]
     for name, file, orientation in (("a", "a.png", 1), ("b", "b.png", 6), ("c", "c.tif", 6)):
         with Image.open(tmp_path / "out" / file) as image:
             assert image.getexif().get(0x0112, 1) == orientation  # so that viewers turn both alike

@@ -336,7 +336,7 @@ def test_previews_beside_dicom_are_passed_over(tmp_path: Path, caplog: pytest.Lo
     assert uids(find_cases(tmp_path / "t1")) == [["1"]]
     touch(tmp_path, "preview.png")
     assert uids(find_cases(f"{tmp_path}/*")) == [["1"]]
-    assert "1 pictures beside DICOM are passed over" in caplog.text
+    assert "pictures beside DICOM are passed over, as preview.png" in caplog.text
 
 
 def test_a_pattern_matches_images_and_dicom_alike(tmp_path: Path) -> None:

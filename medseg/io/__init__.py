@@ -187,7 +187,8 @@ def joined(parts: Sequence[Volume], channels: int | None = None) -> Volume:
             )
     array = np.concatenate([part.array for part in parts]) if len(parts) > 1 else first.array
     if channels is not None and array.shape[0] != channels:
-        raise InputError(_where(first), f"has {array.shape[0]} channels", f"{channels}")
+        count = len(array)
+        raise InputError(_where(first), f"has {count} channel{'s' * (count != 1)}", f"{channels}")
     paths = tuple(path for part in parts for path in part.paths)
     warnings = tuple(w for part in parts for w in part.warnings)
     if len({part.header.frame_uid for part in parts if isinstance(part.header, Series)} - {""}) > 1:
@@ -385,6 +386,8 @@ def _read_finite(source: Source) -> Volume:
         _check(source)
         volume = dicom.read_series(source)
         return replace(volume, array=finite(volume.array, source.name), paths=(source.place,))
+    if suffix_of(source) is None and not source.exists():
+        raise InputError(source, "does not exist", "an image, or a place with one DICOM series")
     volume = format_of(source).read(source)
     return replace(volume, array=finite(volume.array, source), paths=(source,))
 

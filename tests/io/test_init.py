@@ -76,12 +76,13 @@ def test_channels_on_different_grids_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_wrong_number_of_channels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"has 1 channels \(expected 4\)"):
+    with pytest.raises(InputError, match=r"has 1 channel \(expected 4\)"):
         read_volume(written(tmp_path / "a.nii.gz"), channels=4)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a"])
 def test_an_unknown_ending_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
     with pytest.raises(InputError, match=r"no known image ending \(expected \.nii\.gz"):
         read_volume(tmp_path / name)
 
@@ -240,6 +241,11 @@ def test_a_file_without_ending_is_known_by_its_content(tmp_path: Path) -> None:
     assert not io.is_dicom(tmp_path / "nowhere")
 
 
+def test_a_place_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere: does not exist"):
+        read_volume(tmp_path / "nowhere")
+
+
 def test_the_name_of_a_folder_has_no_ending(tmp_path: Path) -> None:
     (tmp_path / "1.2.840").mkdir()
     assert name_of(tmp_path / "1.2.840") == "1.2.840"
@@ -254,7 +260,7 @@ def test_a_series_a_channel(tmp_path: Path) -> None:
     other = dicom_series(tmp_path / "other", uid="1.2.3", origin=(0, 0, 1))
     with pytest.raises(GeometryMismatch, match=f"^{io.series(other).name}: .* differs from that of series_"):
         read_volume([one, other])
-    with pytest.raises(InputError, match="has 1 channels"):
+    with pytest.raises(InputError, match="has 1 channel "):
         read_volume(io.series(one), channels=2)
 
 
