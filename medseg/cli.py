@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
@@ -1172,11 +1172,7 @@ def _scan_row(series: Series) -> tuple[str, ...]:
 
 def _folder_of(series: Series, place: Path) -> str:
     """The folder with all files of a series, in the folder or zip that was looked at."""
-    folders = set()
-    for instance in series.instances:
-        inside = PurePosixPath(instance.member) if instance.member else instance.path.relative_to(place)
-        folders.add(inside.parent.as_posix())
-    return posixpath.commonpath(folders) or "."
+    return posixpath.commonpath({str(instance.within(place).parent) for instance in series.instances}) or "."
 
 
 def _no_series(found: Scan) -> str:

@@ -326,7 +326,7 @@ def headers(series: Series) -> Sequence[Any]:
 
 def _series_of(place: Path, images: list[Image], reader: Reader, lost: Counter[str]) -> list[Series]:
     """The series of the images with one UID, one for each volume among them."""
-    kept, notes, fault = _without_copies(images, reader)
+    kept, notes, fault = _without_copies(place, images, reader)
     kept = _without_pages(kept, notes)
     if count := lost[kept[0].series_uid]:
         fault = f"{count} of its files cannot be read"
@@ -387,13 +387,14 @@ def _owners(missed: Sequence[Instance], uids: set[str], reader: Reader) -> Count
     return found
 
 
-def _without_copies(images: list[Image], reader: Reader) -> tuple[list[Image], list[str], str]:
+def _without_copies(place: Path, images: list[Image], reader: Reader) -> tuple[list[Image], list[str], str]:
     """Images without copies of the same instance; what was left out; and why that cannot be done."""
     kept: dict[str, Image] = {}
     for image in images:
         other = kept.setdefault(image.uid, image)
         if other is not image and not _same(other, image, reader):
-            return images, [], "several files have one SOP Instance UID and differ; keep one of each"
+            names = " and ".join(str(one.frames[0].instance.within(place)) for one in (other, image))
+            return images, [], f"several files have one SOP Instance UID and differ, as {names}; keep one of each"
     count = len(images) - len(kept)
     return list(kept.values()), [f"{count} files are copies of others and left out"] if count else [], ""
 

@@ -49,6 +49,10 @@ class Instance:
     path: Path
     member: str = ""
 
+    def within(self, place: Path) -> PurePosixPath:
+        """Where it lies in the folder or zip in which it was found; of a file that was given itself, ``.``."""
+        return PurePosixPath(self.member or self.path.relative_to(place).as_posix())
+
 
 def instances(place: Path, passed_over: Counter[str]) -> list[Instance]:
     """Every file at a place, in the order of their names.
