@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import colorsys
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 
+from pydantic import Field
+
 from medseg.records import Record
+
+Triplet = tuple[str, str, str]
+"""Scheme, value and meaning of a code; three empty words where there is none."""
+
+_SHORT = r"^[^\\\s\x00-\x1f\x7f]{1,16}$"
+_LONG = r"^[^\\\x00-\x1f\x7f]{0,63}[^\\\s\x00-\x1f\x7f]$"
 
 
 class Code(Record):
-    """A concept of a coding scheme (DICOM PS3.3, 8.8).
+    """A concept of a coding scheme (DICOM PS3.3, 8.8), as the values of DICOM can hold it (PS3.5, 6.2).
 
     Attributes:
         value: of the concept, as ``10200004``.
@@ -24,17 +33,26 @@ class Code(Record):
         scheme: designator, as ``SCT`` (SNOMED CT) or ``99MEDSEG`` (private: no code of any standard).
     """
 
-    value: str
-    meaning: str
-    scheme: str = "SCT"
+    value: str = Field(pattern=_SHORT)
+    meaning: str = Field(pattern=_LONG)
+    scheme: str = Field(default="SCT", pattern=_SHORT)
+
+    @classmethod
+    def of(cls, triplet: Triplet) -> Code | None:
+        """The code that a file holds; None where it is not whole, or none that DICOM can hold."""
+        scheme, value, meaning = (part.strip() for part in triplet)
+        meaning = "".join(c for c in meaning if c.isprintable() and c != "\\").strip()[:64].strip()
+        fits = re.fullmatch(_SHORT, scheme) and re.fullmatch(_SHORT, value) and meaning
+        return cls(scheme=scheme, value=value, meaning=meaning) if fits else None
 
 
-Triplet = tuple[str, str, str]
-"""Scheme, value and meaning of a code; three empty words where there is none."""
+PRIVATE_SCHEME = "99MEDSEG"
+"""Designator of what has no code of any standard; 99 begins private ones (PS3.3, 8.2)."""
 
 ANATOMICAL_STRUCTURE = Code(value="91723000", meaning="Anatomical Structure")
 ABNORMAL_STRUCTURE = Code(value="49755003", meaning="Morphologically Abnormal Structure")
 TISSUE = Code(value="85756007", meaning="Tissue")
+_TISSUES = (TISSUE.value, "T-D0050")
 
 
 class Coding(Record):
@@ -62,14 +80,18 @@ class Coding(Record):
 
     @classmethod
     def from_triplets(cls, triplets: Sequence[Triplet]) -> Coding | None:
-        """What ``triplets`` gives, as a coding; None where it says nothing: no category or type, or "tissue" for both.
+        """What ``triplets`` gives, as a coding; None where it says nothing.
 
-        The latter is what 3D Slicer writes where nothing was chosen. A category of 123037004, which is SNOMED CT's body
-        structure and stood for anatomical structure in older programs, becomes what DICOM has for that (PS3.16, 7150).
+        That is where it has no category or type, a type of ``PRIVATE_SCHEME``, or "tissue" for both, which 3D Slicer
+        writes where nothing was chosen (in SNOMED CT, or in the SRT codes of its older versions).
+
+        A category of 123037004, which is SNOMED CT's body structure and stood for anatomical structure in older
+        programs, becomes what DICOM has for that (PS3.16, 7150).
         """
-        codes = [Code(scheme=s, value=v, meaning=m) if s and v and m else None for s, v, m in triplets]
-        category, kind, modifier, region, region_modifier = codes
-        if category is None or kind is None or category.value == kind.value == TISSUE.value:
+        category, kind, modifier, region, region_modifier = map(Code.of, triplets)
+        if category is None or kind is None or kind.scheme == PRIVATE_SCHEME:
+            return None
+        if category.value == kind.value and kind.value in _TISSUES:
             return None
         if (category.scheme, category.value) == ("SCT", "123037004"):
             category = ANATOMICAL_STRUCTURE
@@ -87,6 +109,8 @@ def coding_of(name: str, dataset: str = "") -> Coding | None:
         name: of the label, as "liver", "left_kidney", "kidney (right)".
         dataset: name of the dataset or model, as "Task04_Hippocampus", where labels mean something within it alone.
     """
+    if any(unicodedata.category(c)[0] in "LM" and not c.isascii() for c in name):
+        return None  # what the other letters say is not known
     words, organ = _plain(name), _organ_of(dataset)
     if (organ, words) in _WITHIN:
         return _WITHIN[organ, words]
@@ -182,7 +206,6 @@ _SYNONYMS = {
     "lung upper lobe": "upper lobe of lung",
     "lower lung lobe": "lower lobe of lung",
     "upper lung lobe": "upper lobe of lung",
-    "nuclei": "nucleus",
     "postcava": "inferior vena cava",
     "prostate peripheral zone": "peripheral zone of the prostate",
     "prostate transition zone": "transition zone of the prostate",
@@ -197,12 +220,15 @@ _SYNONYMS = {
 
 _UNCERTAIN = frozenset(
     (
-        *("artery", "atrium", "back", "baffle", "calyx", "head", "hiatus", "hip", "intracranial", "joint", "media"),
-        *("neck", "nucleus", "organ", "parasternal", "phantom", "stripe", "subcostal", "submental", "subxiphoid"),
-        *("tissue", "vein", "ventricle"),
+        *("artery", "atrium", "back", "calyx", "head", "hiatus", "hip", "intracranial", "joint", "left ventricle"),
+        *("media", "neck", "nucleus", "organ", "parasternal", "pelvis", "phantom", "right ventricle", "stripe"),
+        *("subcostal", "submental", "subxiphoid", "tissue", "vein", "ventricle"),
     )
 )
-"""Meanings that a label can have in another sense, as the head of the pancreas, or the bone of the hip."""
+"""Meanings that a label can have in another sense, as the head of the pancreas or the ventricle of a brain."""
+
+_NO_STRUCTURE = re.compile(r"\b(baffle|collateral|conduit|defect|fistula|graft|scar|shunt|thrombus)\b")
+"""Of what is among the anatomical structures but is none of a healthy body: its category is not certain."""
 
 _PAIRED = frozenset(
     (
@@ -261,18 +287,29 @@ _ADJECTIVES = {
     "splenic": "spleen",
 }
 
-_DATASETS = (
-    (re.compile("hippocamp"), "hippocampus"),
-    (re.compile("prostat"), "prostate"),
-    (re.compile(r"liver|hepatic|\blits"), "liver"),
-    (re.compile("lung"), "lung"),
-    (re.compile("pancrea"), "pancreas"),
-    (re.compile("colon"), "colon"),
-    (re.compile(r"kidney|renal|\bkits"), "kidney"),
-    (re.compile(r"brain|glioma|\bbrats"), "brain"),
-    (re.compile("nucle|cell"), "microscopy"),
+_WITH_MASSES = frozenset(
+    ("adrenal gland", "brain", "breast", "kidney", "liver", "lung", "ovary", "pancreas", "prostate")
 )
-"""What a dataset's name says that its labels are about."""
+"""Organs whose mass is a lesion; that of muscle or of the heart may be how much there is of it."""
+
+_DATASETS = {
+    word: organ
+    for organ, words in {
+        "hippocampus": "hippocampus hippocampi hippocampal",
+        "prostate": "prostate prostatic",
+        "liver": "liver hepatic lits",
+        "lung": "lung pulmonary",
+        "pancreas": "pancreas pancreatic",
+        "colon": "colon",
+        "kidney": "kidney renal kits",
+        "brain": "brain cerebral glioma glioblastoma brats",
+        "heart": "heart cardiac acdc",
+        "microscopy": "nucleus nuclei cell cellular microscopy",
+    }.items()
+    for word in words.split()
+}
+"""What a word of a dataset's name says that its labels are about."""
+_OF_MANY_ORGANS = frozenset(("blood vessel", "lesion"))
 
 
 def _abnormal(kind: Code, region: Code | None = None, region_modifier: Code | None = None) -> Coding:
@@ -280,7 +317,7 @@ def _abnormal(kind: Code, region: Code | None = None, region_modifier: Code | No
 
 
 _LIVER_VESSEL = Coding(type=_STRUCTURES["blood vessel"], region=_STRUCTURES["liver"])
-_WITHIN: dict[tuple[str | None, str], Coding | None] = {
+_WITHIN: dict[tuple[str | None, str], Coding] = {
     ("hippocampus", "anterior"): Coding(
         type=_STRUCTURES["hippocampus"], modifier=Code(value="255549009", meaning="Anterior")
     ),
@@ -296,17 +333,18 @@ _WITHIN: dict[tuple[str | None, str], Coding | None] = {
     ("brain", "ed"): _abnormal(_EDEMA, _STRUCTURES["brain"]),
     ("brain", "et"): _abnormal(_ENHANCING, _STRUCTURES["brain"]),
     ("brain", "ncr"): _abnormal(_NECROSIS, _STRUCTURES["brain"]),
-    ("brain", "left ventricle"): None,  # one of the heart in all other datasets
-    ("brain", "right ventricle"): None,
+    ("heart", "left ventricle"): Coding(type=_STRUCTURES["left ventricle"]),
+    ("heart", "right ventricle"): Coding(type=_STRUCTURES["right ventricle"]),
     ("brain", "netc"): _abnormal(_NON_ENHANCING, _STRUCTURES["brain"]),
     ("microscopy", "nucleus"): Coding(type=_STRUCTURES["nucleus"]),
+    ("microscopy", "nuclei"): Coding(type=_STRUCTURES["nucleus"]),
 }
 """Labels that have a meaning by the dataset that they are of."""
 
 
 def _plain(name: str) -> str:
     """Words in lower case, in the singular and as DICOM spells them, with one space between."""
-    words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
+    words = re.sub(r"[^a-z0-9]+", " ", re.sub("['`\u2019]", "", name.lower())).split()  # l'insula has no side
     return " ".join(_singular(_SPELT.get(word, word)) for word in words)
 
 
@@ -328,9 +366,20 @@ def _singular(word: str) -> str:
 
 
 def _organ_of(dataset: str) -> str | None:
-    words = re.sub(r"[^a-z0-9]+", " ", dataset.lower())
-    named = {organ for pattern, organ in _DATASETS if pattern.search(words)}
-    return named.pop() if len(named) == 1 else None
+    """The only organ that the name of a dataset is about; None where it names none, several, or another structure."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=\D)(?=\d)|(?<=\d)(?=\D)", " ", dataset)
+    written = re.findall("[a-z]+", dataset.lower())  # LiTS and BraTS are a word each
+    words = _plain(apart).split()
+    named = {_DATASETS[word] for word in (*written, *words) if word in _DATASETS}
+    runs = [" ".join(words[n : n + size]) for size in (1, 2, 3) for n in range(len(words) - size + 1)]
+    return named.pop() if len(named) == 1 and not any(map(_is_structure, runs)) else None
+
+
+def _is_structure(words: str) -> bool:
+    """Whether words mean a part of the body other than the organs of datasets."""
+    words = _SYNONYMS.get(words, words)
+    known = words in _STRUCTURES or words in _context_groups()
+    return known and words not in _DATASETS and words not in _OF_MANY_ORGANS
 
 
 def _lesion(words: str, organ: str | None) -> Coding | None:
@@ -343,7 +392,10 @@ def _lesion(words: str, organ: str | None) -> Coding | None:
     place = words.removesuffix(kind).strip()
     if not place:
         return _abnormal(_LESIONS[kind], _STRUCTURES.get(organ or ""))
-    within = _structure(" ".join(_ADJECTIVES.get(word, word) for word in place.split()))
+    where = " ".join(_ADJECTIVES.get(word, word) for word in place.split())
+    if kind == "mass" and _SYNONYMS.get(_side(where)[1], _side(where)[1]) not in _WITH_MASSES:
+        return None
+    within = _structure(where)
     return within and _abnormal(_LESIONS[kind], within.type, within.modifier)
 
 
@@ -372,7 +424,7 @@ def _side(words: str) -> tuple[str | None, str]:
 
 
 def _concept(words: str) -> Coding | None:
-    if words in _UNCERTAIN:
+    if words in _UNCERTAIN or _NO_STRUCTURE.search(words):
         return None
     words = _SYNONYMS.get(words, words)
     if words in _STRUCTURES:

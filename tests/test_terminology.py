@@ -1,6 +1,7 @@
 from itertools import combinations
 
 import pytest
+from pydantic import ValidationError
 from pydicom.sr.codedict import codes
 
 from medseg import terminology
@@ -63,7 +64,8 @@ def test_every_label_of_the_decathlon_has_its_code(dataset: str, name: str) -> N
         ("Sternum", "91723000 56873002 - - -"),  # not listed here: found among the anatomical structures of DICOM
         ("costal_cartilages", "91723000 50016007 - - -"),
         ("fat", "85756007 55603005 - - -"),  # a tissue
-        ("nuclei", "91723000 84640000 - - -"),
+        ("cell nuclei", "91723000 84640000 - - -"),
+        ("left kidney mass", "49755003 4147007 - 64033007 7771000"),
         ("liver tumour", "49755003 108369006 - 10200004 -"),
         ("hepatic lesion", "49755003 52988006 - 10200004 -"),
         ("kidney_cyst_left", "49755003 367643001 - 64033007 7771000"),
@@ -82,6 +84,23 @@ def test_names_of_many_spellings(name: str, expected: str) -> None:
         *("head", "body", "nucleus", "ventricle", "hip_left"),  # of what?
         *("prostate/uterus", "portal_vein_and_splenic_vein", "left_right_kidney"),  # two things
         *("left_liver", "left spleen", "rib_left_1", "vertebrae_S1", "L5"),  # more than the codes can say, or less
+        *(
+            "muscle mass",
+            "fat mass",
+            "bone mass",
+            "left ventricle mass",
+            "heart mass",
+            "cell mass",
+        ),  # how much there is
+        *("left ventricle", "right_ventricle", "nuclei", "pelvis"),  # of the heart or brain, an atom or cell, bones?
+        *(
+            "thrombus",
+            "vascular graft",
+            "atrial septal defect",
+            "pulmonary arteriovenous fistula",
+        ),  # of no healthy body
+        *("l'insula", "l\u2019hippocampus"),  # an article
+        *("liver \u0431\u0435\u0437", "liver\u809d", "\u809d\u81d3", "nai\u0308ve kidney"),  # letters of other scripts
     ],
 )
 def test_what_is_not_certain_has_no_code(name: str) -> None:
@@ -93,9 +112,36 @@ def test_a_dataset_of_two_organs_tells_nothing_of_where_a_tumour_is() -> None:
     assert coding_of("anterior", "Hippocampus and prostate") is None
 
 
-def test_a_left_ventricle_is_the_hearts_but_in_a_brain() -> None:
-    assert in_words(coding_of("left ventricle")) == "91723000 87878005 - - -"
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        *("Liver_Spleen", "Liver_Ovary", "BreastLungTumors", "HeadNeck_Brain", "bacterial colony", "NoBrainer"),
+        *("KidneySpinalCord", "colonial", "Excellent", "Miscellaneous"),
+    ],
+)
+def test_a_dataset_of_more_than_an_organ_or_of_none_says_no_region(dataset: str) -> None:
+    assert in_words(coding_of("lesion", dataset)) == "49755003 52988006 - - -"
+    assert coding_of("nucleus", dataset) is None
+
+
+@pytest.mark.parametrize(
+    ("dataset", "region"),
+    [
+        *(("LiverLesions", "10200004"), ("LiTS17", "10200004"), ("KiTS", "64033007"), ("Kidneys2", "64033007")),
+        *(("BraTS2021", "12738006"), ("HepaticVessel", "10200004"), ("MSD Task06_Lung", "39607008")),
+    ],
+)
+def test_words_of_a_dataset_are_told_apart(dataset: str, region: str) -> None:
+    assert in_words(coding_of("cyst", dataset)) == f"49755003 367643001 - {region} -"
+
+
+def test_ventricles_and_nuclei_are_known_where_they_can_be_but_one_thing() -> None:
+    for dataset in ("Task02_Heart", "CardiacMR", "ACDC"):
+        assert in_words(coding_of("left ventricle", dataset)) == "91723000 87878005 - - -"
+        assert in_words(coding_of("Right-Ventricle", dataset)) == "91723000 53085002 - - -"
     assert coding_of("left ventricle", "Brain structures") is None
+    assert in_words(coding_of("nuclei", "CellNuclei")) == "91723000 84640000 - - -"
+    assert coding_of("nuclei", "brain") is None
 
 
 def listed_codes() -> set[Code]:
@@ -118,6 +164,31 @@ def test_other_names_lead_to_concepts() -> None:
     assert lost == []
     sided = [name for name in terminology._PAIRED if (c := coding_of(f"left {name}")) is None or c.modifier is None]
     assert sided == []
+
+
+@pytest.mark.parametrize("wrong", ["", "x" * 17, "a\\b", "a b", "a\n"])
+def test_codes_are_what_dicom_can_hold(wrong: str) -> None:
+    for field in ("value", "scheme"):
+        with pytest.raises(ValidationError, match=field):
+            Code(**{"value": "10200004", "meaning": "Liver", field: wrong})
+    triplets = [("SCT", "91723000", "Anatomical Structure"), ("SCT", wrong, "Liver"), *[("", "", "")] * 3]
+    assert Coding.from_triplets(triplets) is None or wrong == "a\n"  # around it files may have space
+
+
+@pytest.mark.parametrize("wrong", ["", "x" * 65, "a\\b", "a\nb", " ", "a "])
+def test_meanings_are_what_dicom_can_hold(wrong: str) -> None:
+    with pytest.raises(ValidationError, match="meaning"):
+        Code(value="10200004", meaning=wrong)
+    assert Code(value="1" * 16, meaning="x" * 64).scheme == "SCT"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [("SCT", "85756007", "Tissue"), ("SRT", "T-D0050", "Tissue"), ("99MEDSEG", "ABCDEF0123456789", "blob")],
+)
+def test_what_stands_for_nothing_is_no_coding(kind: tuple[str, str, str]) -> None:
+    category = kind if kind[2] == "Tissue" else ("99MEDSEG", "UNCODED", "Uncoded")
+    assert Coding.from_triplets([category, kind, *[("", "", "")] * 3]) is None
 
 
 def test_colours_are_told_apart() -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from medseg.errors import DatasetError, InputError, UnreadableFile
 from medseg.records import read_json
-from medseg.terminology import Coding, Colour
+from medseg.terminology import Code, Coding, Colour
 from medseg.volume import Labels
 
 SLICER, ITK_SNAP, BIDS = "labels.csv", "labels.txt", "dseg.tsv"
@@ -193,7 +193,11 @@ def _slicer_rows(text: str, path: Path) -> list[_Row]:
     for row in _records(text, path, ",", "LabelValue"):
         value = _integer(row["LabelValue"], path)
         codes = [row.get(column) or "" for column in _CODE_COLUMNS]
-        coding = Coding.from_triplets(list(zip(codes[::3], codes[1::3], codes[2::3], strict=True)))
+        triplets = list(zip(codes[::3], codes[1::3], codes[2::3], strict=True))
+        if wrong := [triplet for triplet in triplets if any(triplet) and Code.of(triplet) is None]:
+            expected = "scheme and value of 1 to 16 characters without spaces, and a meaning"
+            raise InputError(path, f"label {value} has a code that is none: {' '.join(wrong[0])!r}", expected)
+        coding = Coding.from_triplets(triplets)
         colour = [row.get(f"Color_{part}") or "" for part in "RGB"]
         name = row.get("Name") or f"label_{value}"
         found.append(_Row(value, name, _colour(colour, path) if all(colour) else None, coding))

@@ -32,7 +32,7 @@ from medseg.io import dicom
 from medseg.io.dicom import archive, pixels, stack
 from medseg.io.dicom import frames as files
 from medseg.records import replacing
-from medseg.terminology import Code, Coding, Colour
+from medseg.terminology import PRIVATE_SCHEME, Code, Coding, Colour, Triplet
 from medseg.volume import Labels, Mask
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,6 @@ log = logging.getLogger(__name__)
 Kind = Literal["BINARY", "LABELMAP"]
 SOP_CLASSES = {"BINARY": "1.2.840.10008.5.1.4.1.1.66.4", "LABELMAP": "1.2.840.10008.5.1.4.1.1.66.7"}
 """Segmentation Storage and Label Map Segmentation Storage (PS3.6, annex A)."""
-
-PRIVATE_SCHEME = "99MEDSEG"
-"""Designator of what has no code of any standard; 99 begins private ones (PS3.3, 8.2)."""
 
 _INHERITED = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber"),
@@ -701,35 +698,29 @@ def _described(segment: Any) -> _Described:
     return _Described(
         number=int(segment.SegmentNumber),
         name=_text(str(segment.get("SegmentLabel") or "")),
-        kind=_code(segment, "SegmentedPropertyType"),
+        kind=Code.of(_triplet(_item(segment, "SegmentedPropertyType"))),
         coding=_coding(segment),
         colour=None if parts is None else (int(parts[0]), int(parts[1]), int(parts[2])),
     )
 
 
 def _coding(segment: Any) -> Coding | None:
-    kind, category = _code(segment, "SegmentedPropertyType"), _code(segment, "SegmentedPropertyCategory")
-    if kind is None or category is None:
-        return None
-    item = segment.SegmentedPropertyTypeCodeSequence[0]
-    region = _code(segment, "AnatomicRegion")
-    return Coding(
-        type=kind,
-        category=category,
-        modifier=_code(item, "SegmentedPropertyTypeModifier"),
-        region=region,
-        region_modifier=_code(segment.AnatomicRegionSequence[0], "AnatomicRegionModifier") if region else None,
-    )
+    kind, region = _item(segment, "SegmentedPropertyType"), _item(segment, "AnatomicRegion")
+    category, modifier = _item(segment, "SegmentedPropertyCategory"), _item(kind, "SegmentedPropertyTypeModifier")
+    items = (category, kind, modifier, region, _item(region, "AnatomicRegionModifier"))
+    return Coding.from_triplets([_triplet(item) for item in items])
 
 
-def _code(item: Any, name: str) -> Code | None:
-    """The first code of a sequence of codes; None where it is not there or not whole."""
-    found = item.get(f"{name}CodeSequence") or item.get(f"{name}Sequence")
-    if not found:
-        return None
-    value = found[0].get("CodeValue") or found[0].get("LongCodeValue")
-    scheme, meaning = found[0].get("CodingSchemeDesignator"), found[0].get("CodeMeaning")
-    return Code(value=str(value), meaning=str(meaning), scheme=str(scheme)) if value and scheme and meaning else None
+def _item(holder: Any, name: str) -> Any:
+    """The first item of a sequence of codes; empty where it is not there."""
+    found = holder.get(f"{name}CodeSequence") or holder.get(f"{name}Sequence")
+    return found[0] if found else {}
+
+
+def _triplet(item: Any) -> Triplet:
+    value = item.get("CodeValue") or item.get("LongCodeValue")
+    scheme, meaning = item.get("CodingSchemeDesignator"), item.get("CodeMeaning")
+    return str(scheme or ""), str(value or ""), str(meaning or "")
 
 
 def _check(header: _Header, path: Path) -> None:

@@ -360,6 +360,9 @@ def test_labels_without_codes_are_refused_or_get_private_ones(axial: dicom.Serie
     assert [code.CodeMeaning for code in codes] == ["Liver", "blob", "thing with a rather long name"]
     assert len({code.CodeValue for code in codes}) == 3
     assert max(len(code.CodeValue) for code in codes) <= 16
+    found = segmentation.read_mask(tmp_path / "seg.dcm").labels
+    assert found is not None
+    assert set(found.codings) == {"liver"}  # a private code stands for nothing elsewhere
 
 
 @pytest.mark.parametrize("kind", KINDS)
