@@ -1177,7 +1177,7 @@ def _folder_of(series: Series, place: Path) -> str:
 
 def _no_series(found: Scan) -> str:
     files = sum(found.passed_over.values())
-    return f"holds no DICOM series: {_count(files, 'file')} looked at, none of an image that belongs to a volume"
+    return f"holds no DICOM series: {_count(files, 'file')} looked at"
 
 
 def _scan_body(found: Scan) -> dict[str, Any]:
