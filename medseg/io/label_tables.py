@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,9 @@ def tables(labels: Labels) -> dict[str, str]:
     """The labels as files to lie beside masks: ``labels.csv`` (Slicer), ``labels.txt`` (ITK-SNAP), ``dseg.tsv`` (BIDS).
 
     Of names, what a format cannot hold is replaced: line ends and tabs by spaces and, but for BIDS, quotation marks by
-    apostrophes. Labels without a colour of their own have that of their place, those without codes those of their name
+    apostrophes; names that are equal then are numbered.
+
+    Labels without a colour of their own have that of their place, those without codes those of their name
     (``Labels.colour``, ``Labels.coding``).
 
     Args:
@@ -133,10 +136,10 @@ def _integers(value: Any, name: str, listing: Path) -> tuple[int, ...]:
 
 def _slicer(labels: Labels) -> str:
     table = [["LabelValue", "Name", "Color_R", "Color_G", "Color_B", "Color_A", *_CODE_COLUMNS]]
-    for name in labels.names:
+    for name, kept in _held(labels, _unquoted):
         coding = labels.coding(name)
         codes = [_unquoted(field) for triplet in (coding.triplets if coding else _UNCODED) for field in triplet]
-        table.append([str(labels.values[name]), _unquoted(name), *map(str, labels.colour(name)), "255", *codes])
+        table.append([str(labels.values[name]), kept, *map(str, labels.colour(name)), "255", *codes])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
     return text.getvalue()
@@ -152,15 +155,30 @@ def _itk_snap(labels: Labels) -> str:
         rule,
     ]
     lines = ['    0     0    0    0        0  0  0    "Clear Label"']
-    for name in labels.names:
+    for name, kept in _held(labels, _unquoted):
         red, green, blue = labels.colour(name)
-        lines.append(f'{labels.values[name]:5} {red:5} {green:4} {blue:4}        1  1  1    "{_unquoted(name)}"')
+        lines.append(f'{labels.values[name]:5} {red:5} {green:4} {blue:4}        1  1  1    "{kept}"')
     return "\n".join([*head, *lines]) + "\n"
 
 
 def _bids(labels: Labels) -> str:
-    lines = [f"{labels.values[n]}\t{_one_line(n)}\t#{bytes(labels.colour(n)).hex()}" for n in labels.names]
+    named = _held(labels, _one_line)
+    lines = [f"{labels.values[name]}\t{kept}\t#{bytes(labels.colour(name)).hex()}" for name, kept in named]
     return "\n".join(["index\tname\tcolor", *lines]) + "\n"
+
+
+def _held(labels: Labels, hold: Callable[[str], str]) -> Iterator[tuple[str, str]]:
+    """Each name and what a format holds of it: with a number where that is another's too, so that all are told."""
+    taken = {name for name in labels.names if hold(name) == name}
+    for name in labels.names:
+        first = hold(name) or f"label_{labels.values[name]}"
+        kept = first
+        for number in itertools.count(2):
+            if kept == name or kept not in taken:
+                break
+            kept = f"{first} {number}"
+        taken.add(kept)
+        yield name, kept
 
 
 def _one_line(text: str) -> str:
@@ -199,7 +217,8 @@ def _slicer_rows(text: str, path: Path) -> list[_Row]:
             raise InputError(path, f"label {value} has a code that is none: {' '.join(wrong[0])!r}", expected)
         coding = Coding.from_triplets(triplets)
         colour = [row.get(f"Color_{part}") or "" for part in "RGB"]
-        name = row.get("Name") or f"label_{value}"
+        meaning = " ".join(code.meaning for code in (coding.modifier, coding.type) if code) if coding else ""
+        name = row.get("Name") or meaning or f"label_{value}"
         found.append(_Row(value, name, _colour(colour, path) if all(colour) else None, coding))
     return found
 
@@ -209,7 +228,8 @@ def _bids_rows(text: str, path: Path) -> list[_Row]:
     for row in _records(text, path, "\t", "index", "name"):
         parts = _HEX.fullmatch(row.get("color") or "")
         colour = _colour([str(int(part, 16)) for part in parts.groups()], path) if parts else None
-        found.append(_Row(_integer(row["index"], path), row["name"] or "", colour))
+        value = _integer(row["index"], path)
+        found.append(_Row(value, (row["name"] or "").strip() or f"label_{value}", colour))
     return found
 
 
@@ -243,7 +263,7 @@ def _lines(text: str, path: Path) -> list[_Row]:
             value, name, *colour = match.groups()
         else:
             raise UnreadableFile(path, f"line {number} is no label", 'as 1 255 0 0 1 1 1 "liver", or 1 liver 255 0 0 0')
-        found.append(_Row(_integer(value, path), name, _colour(colour, path)))
+        found.append(_Row(_integer(value, path), name.strip() or f"label_{value}", _colour(colour, path)))
     return found
 
 

@@ -105,6 +105,38 @@ def test_a_table_of_slicers_own(tmp_path: Path) -> None:
     assert mass.region_modifier == Code(value="24028007", meaning="Right")
 
 
+def test_names_that_a_format_makes_equal_are_numbered(tmp_path: Path) -> None:
+    labels = Labels(values={'a"b': 1, "a'b": 2, "a\tb": 3, "a b": 4, "a b 2": 5, "\n": 6, 'a""': 7, "a''": 8})
+    slicer, itk_snap, bids = (read_labels_file(path).values for path in written(labels, tmp_path))
+    expected = {"a'b 2": 1, "a'b": 2, "a b 3": 3, "a b": 4, "a b 2": 5, "label_6": 6, "a'' 2": 7, "a''": 8}
+    assert slicer == itk_snap == expected
+    assert bids == {'a"b': 1, "a'b": 2, "a b 3": 3, "a b": 4, "a b 2": 5, "label_6": 6, 'a""': 7, "a''": 8}
+
+
+def test_labels_without_a_name(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("index\tname\n1\t\n2\t \n3\tliver\n")
+    assert read_labels_file(tmp_path / "a.tsv").values == {"label_1": 1, "label_2": 2, "liver": 3}
+    (tmp_path / "a.txt").write_text('1 255 0 0 1 1 1 ""\n2 0 0 0 1 1 1 "liver"\n')
+    assert read_labels_file(tmp_path / "a.txt").values == {"label_1": 1, "liver": 2}
+    columns = "LabelValue,Type_CodeMeaning,TypeModifier_CodeMeaning"
+    codes = "Category_CodingScheme,Category_CodeValue,Category_CodeMeaning,Type_CodingScheme,Type_CodeValue"
+    of_kidney = "TypeModifier_CodingScheme,TypeModifier_CodeValue"
+    table = f"{columns},{codes},{of_kidney}\n1,Liver,,SCT,91723000,Anatomical Structure,SCT,10200004,,\n"
+    table += "2,Kidney,Left,SCT,91723000,Anatomical Structure,SCT,64033007,SCT,7771000\n3,,,,,,,,,\n"
+    (tmp_path / "a.csv").write_text(table)
+    labels = read_labels_file(tmp_path / "a.csv")
+    assert labels.values == {"Liver": 1, "Left Kidney": 2, "label_3": 3}
+    assert labels.codings["Liver"] == Coding(type=LIVER)
+
+
+def test_a_code_that_is_none_is_refused(tmp_path: Path) -> None:
+    for code in ("a b", "1" * 17, "1\\2"):
+        table = f"LabelValue,Name,Type_CodingScheme,Type_CodeValue,Type_CodeMeaning\n1,liver,SCT,{code},Liver\n"
+        (tmp_path / "a.csv").write_text(table)
+        with pytest.raises(InputError, match="label 1 has a code that is none"):
+            read_labels_file(tmp_path / "a.csv")
+
+
 def test_tables_of_other_programs(tmp_path: Path) -> None:
     freesurfer = tmp_path / "FreeSurferColorLUT.txt"
     freesurfer.write_text("#No. Label Name: R G B A\n\n0 Unknown 0 0 0 0\n17  Left-Hippocampus  220 216 20  0\r\n")
