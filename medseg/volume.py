@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
@@ -91,10 +92,10 @@ class Labels(Record):
         return self.colours.get(name) or colour_of(self.names.index(name))
 
     def like(self, name: str) -> tuple[str, ...]:
-        """The labels of a name: the one that is spelled so, else those that differ from it in capitals alone."""
+        """The labels of a name: the one that is spelled so, else those of the same words, in any order and capitals."""
         if name in self.values:
             return (name,)
-        return tuple(own for own in self.names if own.casefold() == name.casefold())
+        return tuple(own for own in self.names if _words(own) == _words(name))
 
     def completed(self, other: Labels) -> Labels:
         """With the codings and colours that other labels have for the same names (see ``like``), where it has none."""
@@ -227,7 +228,7 @@ class Mask:
         these keep theirs too. Codings and colours that ``labels`` has none of are those of the mask.
 
         Raises:
-            InputError: it has a name that ``labels`` has not, names that differ in capitals alone, or values that
+            InputError: it has a name that ``labels`` has not, names of the same words, or values that
                 neither names. Labels of which there is no voxel do not matter.
         """
         there = sorted({0, *self._counts()})
@@ -267,7 +268,7 @@ class Mask:
             raise InputError(self._where, found_there, expected, remedy)
         times = Counter(name for names in found.values() for name in names)
         if alike := sorted(v for v, names in found.items() if len(names) > 1 or times[names[0]] > 1):
-            found_there = f"has labels whose names differ in capitals alone (values {alike[:10]})"
+            found_there = f"has labels whose names are the same words (values {alike[:10]})"
             raise InputError(self._where, found_there, expected, "spell each as the label that is meant")
         new = {value: labels.values[name] for value, (name,) in found.items()}
         nameless = set(there) - set(new) - {0}
@@ -301,3 +302,8 @@ class Mask:
                 values, numbers = np.unique(plane, return_counts=True)
                 counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
         return counts
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name, whatever their order and capitals and what stands between them."""
+    return sorted(re.split(r"[\s_-]+", name.strip().casefold()))

@@ -163,7 +163,7 @@ def test_capitals_alone_tell_no_labels_apart_unless_both_are_spelled_so() -> Non
     one = Labels(values={"liver": 1})
     assert named({"Liver": 1, "liver": 2}, [1, 1], one) == [1, 1]
     for own, values, labels in (({"LIVER": 1}, [1], both), ({"Liver": 1, "liver": 2}, [1, 2], one)):
-        with pytest.raises(InputError, match="names differ in capitals alone"):
+        with pytest.raises(InputError, match="names are the same words"):
             named(own, values, labels)
 
 
@@ -242,3 +242,11 @@ def test_a_turned_mask_comes_back(orientation: str, back: str, seed: int) -> Non
     mask = Mask(first.apply(array), geometry.reoriented(first))
     found = mask.placed(geometry.reoriented(second))
     assert np.array_equal(found.array, second.apply(array))
+
+
+def test_a_name_of_the_same_words_is_the_same_label() -> None:
+    labels = Labels(values={"left kidney": 2, "Liver": 5, "kidney": 7})
+    assert labels.like("kidney_left") == ("left kidney",)
+    assert labels.like("LIVER") == ("Liver",)
+    assert labels.like("right kidney") == ()
+    assert Labels(values={"liver": 1, "Liver": 2}).like("LIVER") == ("liver", "Liver")
