@@ -417,7 +417,7 @@ def _image_of(stream: BinaryIO, size: int, instance: Instance, *, inflated: bool
         dataset = dcmread(stream, stop_before_pixels=True, specific_tags=_WANTED, force=bare)
         meta = dataset.file_meta
         implicit, little = dataset.original_encoding
-        syntax = _DEFLATED.decode() if inflated else str(meta.get("TransferSyntaxUID", "") or _native(implicit, little))
+        syntax = _DEFLATED.decode() if inflated else str(meta.get("TransferSyntaxUID", "") or native(implicit, little))
         sop_class = str(meta.get("MediaStorageSOPClassUID", ""))
         header = _elements(dataset)  # before pydicom parses any, as it does with others on the way to a sequence
         description = _description(dataset)
@@ -455,7 +455,7 @@ def _image_of(stream: BinaryIO, size: int, instance: Instance, *, inflated: bool
     )
 
 
-def _native(implicit: bool | None, little: bool | None) -> str:
+def native(implicit: bool | None, little: bool | None) -> str:
     """The transfer syntax of a data set of which no meta information says it."""
     return f"1.2.840.10008.1.2{'' if implicit else '.1' if little else '.2'}"
 

@@ -594,8 +594,9 @@ def _sop_class(reader: archive.Reader, instance: archive.Instance) -> str:
     """UID of the SOP class; empty where it cannot be read."""
     from pydicom.filereader import read_partial
 
+    bare = files.is_dicom(instance)  # also without preamble
     with contextlib.suppress(MedsegError, *_bad_data()), files.data_of(reader, instance) as (stream, _):
-        return str(read_partial(stream, lambda tag, vr, length: tag > _SOP_CLASS_UID).get("SOPClassUID"))
+        return str(read_partial(stream, lambda tag, vr, length: tag > _SOP_CLASS_UID, force=bare).get("SOPClassUID"))
     return ""
 
 
@@ -607,7 +608,7 @@ def _dataset(path: Path) -> Any:
         number = "several DICOM SEG files" if found else "no DICOM SEG"
         raise InputError(path, f"there is {number}", "exactly one", "name the file")
     with archive.Reader() as reader, files.data_of(reader, found[0], whole=True) as (stream, _):
-        dataset = pydicom.dcmread(stream)
+        dataset = pydicom.dcmread(stream, force=True)  # its SOP class is known
     if not dataset:  # what pydicom makes of an element of unknown length without an end
         raise UnreadableFile(path, "ends within its pixels", "a whole file", "copy it again from its source")
     return dataset
@@ -647,7 +648,7 @@ def _encoding(dataset: Any, size: int) -> files.Encoding:
     if not (0 < stored <= allocated and allocated in (1, 8, 16)) or int(dataset.SamplesPerPixel) != 1:
         raise ValueError("bits")
     return files.Encoding(
-        syntax=str(dataset.file_meta.TransferSyntaxUID),
+        syntax=str(dataset.file_meta.get("TransferSyntaxUID") or files.native(*dataset.original_encoding)),
         keyword="PixelData",
         start=0,
         length=None,

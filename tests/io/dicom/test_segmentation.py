@@ -699,6 +699,22 @@ def frames_kept(dataset: Any, numbers: list[int]) -> None:
     dataset.PixelData = bits + b"\0" * (len(bits) % 2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_seg_without_preamble_is_read_as_any_other(
+    axial: dicom.Series, kind: Any, meta: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "seg.dcm"
+    segmentation.write(a_mask(axial), path, kind=kind)
+    content = path.read_bytes()[132:]
+    if not meta and kind == "LABELMAP":
+        return  # nothing would say how it is compressed
+    length = 12 + int.from_bytes(content[8:12], "little")  # (0002,0000): PS3.10, 7.1
+    path.write_bytes(content if meta else content[length:])
+    assert segmentation.is_segmentation(path)
+    assert close(points_of(segmentation.read_mask(path)), points_of(a_mask(axial)))
+
+
 def test_a_seg_is_found_in_a_folder_and_in_a_zip(axial: dicom.Series, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(axial.files[0].parent, folder)
