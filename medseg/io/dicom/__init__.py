@@ -282,7 +282,7 @@ def from_slices(series: Series, array: NDArray[Any]) -> NDArray[Any]:
         return array
     offsets, count = np.asarray(series.positions_mm), check(series).shape[2]
     distances = np.abs(np.linspace(0.0, offsets[-1], count)[:, None] - offsets)
-    return array[:, :, distances.argmin(axis=1)]
+    return array[:, :, np.round(distances, 3).argmin(axis=1)]  # positions are rounded to 0.001 mm
 
 
 def read(path: Path) -> Volume:
