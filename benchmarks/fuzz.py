@@ -370,8 +370,8 @@ def _nrrd_samples(folder: Path) -> list[Sample]:
     return [{"case.seg.nrrd": packed}, {"case.seg.nrrd": raw}]
 
 
-def _table_samples(folder: Path) -> list[Sample]:
-    return [{path.name: path.read_bytes()} for path in label_tables.write_labels(_mask().labels, folder)]
+def _table_samples(_: Path) -> list[Sample]:
+    return [{name: text.encode()} for name, text in label_tables.tables(_mask().labels).items()]
 
 
 def _sample(folder: Path) -> Sample:
