@@ -269,7 +269,8 @@ def read_mask(path: Path, labels: Labels | None = None, image: Volume | Mask | N
     Returns:
         Mask with an integer array (I, J, K). Without ``labels`` the values are as in the file, and the names are the
         file's own, or None where it has none. With ``labels`` it is ``Mask.named``: what the file names (a DICOM
-        segmentation, ``.seg.nrrd``, NIfTI with an extension of labels) is known by its names, else by its values.
+        segmentation, ``.seg.nrrd``, NIfTI with an extension of labels) is known by its names, else by its values. Those
+        of NIfTI count too where not one of its names is known, which is logged.
 
     Raises:
         UnreadableFile: the file is damaged or of no known format.
@@ -284,7 +285,12 @@ def read_mask(path: Path, labels: Labels | None = None, image: Volume | Mask | N
     elif has_segments(path):
         for warning in mask.warnings:
             _log.warning("%s: %s", path, warning)
-    return mask if labels is None else mask.named(labels)
+    if labels is None:
+        return mask
+    if mask.labels is not None and not has_segments(path) and not any(map(labels.like, mask.labels.names)):
+        _log.warning("%s: none of its label names is known (expected %s): its values count", path, labels.names)
+        mask = replace(mask, labels=None)
+    return mask.named(labels)
 
 
 def own_labels(path: Path) -> Labels | None:

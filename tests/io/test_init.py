@@ -398,3 +398,21 @@ def test_the_mask_of_a_tilted_series_in_nifti_has_no_quaternion_that_says_otherw
     np.testing.assert_allclose(found.geometry.affine, volume.geometry.affine, atol=1e-6)
     assert not any("qform" in warning for warning in found.warnings)
     assert int(nibabel.load(tmp_path / "a.nii.gz").header["qform_code"]) == 0
+
+
+def test_values_of_nifti_count_where_none_of_its_names_is_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    array = np.zeros((2, 2, 2), np.uint8)
+    array[0, 0, 0], array[1, 1, 1] = 1, 2
+    grid = Geometry((2, 2, 2), np.eye(4))
+    io.write_mask(Mask(array, grid, Labels(values={"Leber": 1, "Milz": 2})), tmp_path / "mask.nii.gz")
+    mask = io.read_mask(tmp_path / "mask.nii.gz", Labels(values={"liver": 1, "spleen": 2}))
+    assert mask.array.tolist() == array.tolist()
+    assert mask.labels is not None
+    assert mask.labels.names == ("liver", "spleen")
+    assert "none of its label names is known" in caplog.text
+    with pytest.raises(
+        InputError, match="unknown names"
+    ):  # one name is: the others would be taken for what they are not
+        io.read_mask(tmp_path / "mask.nii.gz", Labels(values={"Leber": 2, "liver": 1}))
