@@ -17,7 +17,7 @@ from medseg import io
 from medseg.dataset import Case, Dataset
 from medseg.errors import InputError, UnreadableFile
 from medseg.io import dicom
-from medseg.io.dicom import Series
+from medseg.io.dicom import Series, segmentation
 from medseg.progress import Progress, part, silent
 
 log = logging.getLogger(__name__)
@@ -182,8 +182,6 @@ def _is_mask(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     if path.is_dir() or io.suffix_of(path) in (None, ".dcm", ".zip"):
-        from medseg.io.dicom import segmentation
-
         return segmentation.is_segmentation(path)
     return not _is_second_half(path)
 

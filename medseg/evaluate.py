@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io as text_io
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -310,9 +309,8 @@ def _on_one_grid(prediction: Mask, reference: Mask, path: Path, reference_path: 
 
 def _extended(grid: Geometry, other: Geometry, where: Path) -> Geometry:
     """A grid with as many more voxels on each side as it takes to hold another."""
-    corners = other.world(np.array(list(itertools.product(*((0.0, n - 1.0) for n in other.shape)))))
     inverse = np.linalg.inv(grid.affine)
-    places = np.rint(corners @ inverse[:3, :3].T + inverse[:3, 3]).astype(int)
+    places = np.rint(other.world(other.corners) @ inverse[:3, :3].T + inverse[:3, 3]).astype(int)
     start = np.minimum(places.min(axis=0), 0)
     stop = np.maximum(places.max(axis=0) + 1, grid.shape)
     if np.prod(stop - start, dtype=float) > MOST_VOXELS:

@@ -158,6 +158,11 @@ class Geometry:
         axes, signs = _nearest_world_axes(self.direction)
         return "".join(AXIS_LETTERS[a][1 if s > 0 else 0] for a, s in zip(axes, signs, strict=True))
 
+    @property
+    def corners(self) -> Float:
+        """Indices (8, 3) of the voxels in the corners."""
+        return np.array(list(itertools.product(*((0, n - 1) for n in self.shape))), dtype=np.float64)
+
     def to(self, orientation: str) -> Reorientation:
         """The reorientation whose result has the given orientation letters.
 
@@ -203,8 +208,7 @@ class Geometry:
         """
         u, _, vt = np.linalg.svd(self.direction)
         matrix = (u @ vt) * np.array(self.spacing)
-        corners = np.array(list(itertools.product(*((0, n - 1) for n in self.shape))), dtype=float)
-        local = (self.world(corners) - self.origin) @ np.linalg.inv(matrix).T
+        local = (self.world(self.corners) - self.origin) @ np.linalg.inv(matrix).T
         low, high = np.floor(local.min(axis=0) + 1e-6), np.ceil(local.max(axis=0) - 1e-6)
         affine = np.eye(4)
         affine[:3, :3] = matrix
@@ -230,8 +234,8 @@ class Geometry:
         axes = max(score, key=lambda axes: score[axes])
         turn = Reorientation(axes, tuple(bool(between[n, a] < 0) for n, a in enumerate(axes)))  # type: ignore[arg-type]
         grid = self.reoriented(turn)
-        corners = np.array(list(itertools.product(*((0, n - 1) for n in grid.shape))), dtype=np.float64)
-        offsets = (grid.world(corners) - target.origin) @ np.linalg.inv(target.affine[:3, :3]).T - corners
+        places = (grid.world(grid.corners) - target.origin) @ np.linalg.inv(target.affine[:3, :3]).T
+        offsets = places - grid.corners
         start = np.rint(offsets[0])
         if np.abs(offsets - start).max() > LATTICE_TOLERANCE:
             return None
@@ -241,8 +245,7 @@ class Geometry:
         """Same shape, and every corner within ``tolerance`` of the smallest spacing of the other's."""
         if self.shape != other.shape:
             return False
-        corners = np.array(list(itertools.product(*((0, n - 1) for n in self.shape))), dtype=float)
-        distance = np.abs(self.world(corners) - other.world(corners)).max()
+        distance = np.abs(self.world(self.corners) - other.world(self.corners)).max()
         return bool(distance <= tolerance * min(self.spacing))
 
 

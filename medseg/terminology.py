@@ -117,6 +117,23 @@ def coding_of(name: str, dataset: str = "") -> Coding | None:
     return _lesion(words, organ) or _structure(words)
 
 
+def fractions_of(colour: Colour) -> tuple[str, str, str]:
+    """A colour as files of Caret and 3D Slicer have it: numbers of 0 to 1, as text."""
+    red, green, blue = (f"{part / 255:.6g}" for part in colour)
+    return red, green, blue
+
+
+def colour_of_fractions(parts: Sequence[str]) -> Colour | None:
+    """The colour that ``fractions_of`` gives so; None where it is none."""
+    try:
+        red, green, blue = (float(part) for part in parts)
+    except ValueError:
+        return None
+    if not all(0 <= part <= 1 for part in (red, green, blue)):
+        return None
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
 def colour_of(index: int) -> Colour:
     """The colour of the label of that place (0 is the first) among the labels; no two of the first 254 are equal.
 

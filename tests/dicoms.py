@@ -6,6 +6,7 @@ The world here is LPS millimetres, as in DICOM; ``affine_of`` alone gives RAS+.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,40 @@ MARKED = """
 """Keywords of names, ids and free text."""
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Where the voxels of an array (I, J, K) lie.
+
+    Attributes:
+        spacing: distance of voxel centres along I, J, K, mm.
+        row: unit vector along I, LPS.
+        column: unit vector along J, LPS.
+        origin: centre of voxel (0, 0, 0), LPS mm.
+        step: vector from a slice to the next, LPS mm; normal times ``spacing[2]`` unless given.
+        offsets: where the slices lie along the direction of ``step``, mm from ``origin``; even unless given.
+    """
+
+    spacing: Vector = (1.0, 1.0, 1.0)
+    row: Vector = (1, 0, 0)
+    column: Vector = (0, 1, 0)
+    origin: Vector = (0, 0, 0)
+    step: Vector | None = None
+    offsets: Sequence[float] | None = None
+
+    def places(self, count: int) -> list[NDArray[np.float64]]:
+        """The first voxels of slices, LPS mm."""
+        normal = np.cross(self.row, self.column) * self.spacing[2]
+        along = normal if self.step is None else np.array(self.step, dtype=float)
+        if self.offsets is None:
+            return [np.array(self.origin) + k * along for k in range(count)]
+        unit = along / np.linalg.norm(along)
+        return [np.array(self.origin) + offset * unit for offset in list(self.offsets)[:count]]
+
+
 def write_series(
     folder: Path,
     array: NDArray[Any],
     *,
-    spacing: Vector = (1.0, 1.0, 1.0),
-    row: Vector = (1, 0, 0),
-    column: Vector = (0, 1, 0),
-    origin: Vector = (0, 0, 0),
-    step: Vector | None = None,
-    offsets: Sequence[float] | None = None,
     modality: str = "CT",
     slope: float | Sequence[float] = 1,
     intercept: float | Sequence[float] = 0,
@@ -74,18 +99,13 @@ def write_series(
     study_uid: str | None = None,
     marker: str = "",
     change: Change | None = None,
+    **grid: Any,
 ) -> list[Path]:
     """Write a series of one file a slice; neither file names nor InstanceNumbers follow the position.
 
     Args:
         folder: where to; made where it is missing.
         array: stored values (I, J, K) of 8, 16 or 32 bits, I along ``row``, J along ``column``.
-        spacing: distance of voxel centres along I, J, K, mm.
-        row: unit vector along I, LPS.
-        column: unit vector along J, LPS.
-        origin: centre of voxel (0, 0, 0), LPS mm.
-        step: vector from a slice to the next, LPS mm; normal times ``spacing[2]`` unless given.
-        offsets: where the slices lie along the direction of ``step``, mm from ``origin``; even unless given.
         modality: CT, MR or PT.
         slope: of rescaling; one, or one a slice.
         intercept: likewise.
@@ -94,20 +114,22 @@ def write_series(
         study_uid: of the study.
         marker: text, 16 characters at most, for every name, id and free-text field.
         change: called with every data set, as it will be saved, and its k.
+        grid: what ``Grid`` takes.
 
     Returns:
         The files, in the order of the slices.
     """
     folder.mkdir(parents=True, exist_ok=True)
     count = array.shape[2]
-    places = _places(count, spacing, row, column, origin, step, offsets)
+    lying = Grid(**grid)
+    places = lying.places(count)
     shared = (uid or generate_uid(), study_uid or generate_uid(), generate_uid())
     numbers = np.random.default_rng(count).permutation(count) + 1
     slopes, intercepts = np.broadcast_to(slope, count), np.broadcast_to(intercept, count)
     paths = []
     for k in range(count):
         dataset = _composite(CLASSIC[modality], modality, shared, int(numbers[k]), marker)
-        _plane(dataset, spacing, row, column, places[k])
+        _plane(dataset, lying, places[k])
         _CLASSIC_MODULES[modality](dataset, count, k)
         if modality != "MR" or slopes[k] != 1 or intercepts[k] != 0:
             dataset.RescaleSlope, dataset.RescaleIntercept = _ds(slopes[k]), _ds(intercepts[k])
@@ -122,12 +144,6 @@ def write_enhanced(
     folder: Path,
     array: NDArray[Any],
     *,
-    spacing: Vector = (1.0, 1.0, 1.0),
-    row: Vector = (1, 0, 0),
-    column: Vector = (0, 1, 0),
-    origin: Vector = (0, 0, 0),
-    step: Vector | None = None,
-    offsets: Sequence[float] | None = None,
     modality: str = "MR",
     slope: float | Sequence[float] = 1,
     intercept: float | Sequence[float] = 0,
@@ -136,6 +152,7 @@ def write_enhanced(
     study_uid: str | None = None,
     marker: str = "",
     change: Change | None = None,
+    **grid: Any,
 ) -> Path:
     """Write one enhanced multi-frame file, its frames out of order; ``change`` gets the whole data set and 0.
 
@@ -143,14 +160,15 @@ def write_enhanced(
     """
     folder.mkdir(parents=True, exist_ok=True)
     count = array.shape[2]
-    places = _places(count, spacing, row, column, origin, step, offsets)
+    lying = Grid(**grid)
+    places = lying.places(count)
     shared = (uid or generate_uid(), study_uid or generate_uid(), generate_uid())
     slopes, intercepts = np.broadcast_to(slope, count), np.broadcast_to(intercept, count)
     dataset = _composite(ENHANCED[modality], modality, shared, 1, marker)
     _enhanced(dataset, count)
     shared_groups, frames = Dataset(), []
-    shared_groups.PixelMeasuresSequence = [_item(_pixel_measures, spacing)]
-    shared_groups.PlaneOrientationSequence = [_item(_orientation, row, column)]
+    shared_groups.PixelMeasuresSequence = [_item(_pixel_measures, lying.spacing)]
+    shared_groups.PlaneOrientationSequence = [_item(_orientation, lying.row, lying.column)]
     order = np.random.default_rng(count).permutation(count)
     for k in order:
         frame = Dataset()
@@ -176,40 +194,18 @@ def write_enhanced(
     return _saved(dataset, folder / "enhanced.dcm")
 
 
-def affine_of(
-    *,
-    spacing: Vector = (1.0, 1.0, 1.0),
-    row: Vector = (1, 0, 0),
-    column: Vector = (0, 1, 0),
-    origin: Vector = (0, 0, 0),
-    step: Vector | None = None,
-    offsets: Sequence[float] | None = None,
-) -> NDArray[np.float64]:
-    """RAS+ affine of the array that was written, index to world mm; with ``offsets``, from the first two of them.
+def affine_of(**grid: Any) -> NDArray[np.float64]:
+    """RAS+ affine of the array that was written on a ``Grid``, index to world mm; with offsets, from the first two.
 
     A reader that lays slices along their normal turns the array where ``step`` points against it: compare worlds.
     """
-    first, second = _places(2, spacing, row, column, origin, step, offsets)
+    lying = Grid(**grid)
+    first, second = lying.places(2)
     affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1] = np.array(row) * spacing[0], np.array(column) * spacing[1]
+    affine[:3, 0], affine[:3, 1] = np.array(lying.row) * lying.spacing[0], np.array(lying.column) * lying.spacing[1]
     affine[:3, 2], affine[:3, 3] = second - first, first
     affine[:2] *= -1
     return affine
-
-
-def _places(
-    count: int,
-    spacing: Vector,
-    row: Vector,
-    column: Vector,
-    origin: Vector,
-    step: Vector | None,
-    offsets: Sequence[float] | None,
-) -> list[NDArray[np.float64]]:
-    along = np.cross(row, column) * spacing[2] if step is None else np.array(step, dtype=float)
-    if offsets is None:
-        return [np.array(origin) + k * along for k in range(count)]
-    return [np.array(origin) + offset * along / np.linalg.norm(along) for offset in list(offsets)[:count]]
 
 
 def _composite(sop_class: UID, modality: str, shared: tuple[str, str, str], number: int, marker: str) -> Dataset:
@@ -235,11 +231,11 @@ def _composite(sop_class: UID, modality: str, shared: tuple[str, str, str], numb
     return dataset
 
 
-def _plane(dataset: Dataset, spacing: Vector, row: Vector, column: Vector, place: NDArray[np.float64]) -> None:
-    _pixel_measures(dataset, spacing)
+def _plane(dataset: Dataset, lying: Grid, place: NDArray[np.float64]) -> None:
+    _pixel_measures(dataset, lying.spacing)
     if "SpacingBetweenSlices" in dataset and dataset.Modality != "MR":  # an attribute of MR alone, C.8.3.1
         del dataset.SpacingBetweenSlices
-    _orientation(dataset, row, column)
+    _orientation(dataset, lying.row, lying.column)
     _position(dataset, place)
 
 

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from pydicom.sr.codedict import codes
 
 from medseg import terminology
-from medseg.terminology import Code, Coding, coding_of, colour_of
+from medseg.terminology import Code, Coding, coding_of, colour_of, colour_of_fractions, fractions_of
 
 
 def in_words(coding: Coding | None) -> str | None:
@@ -198,3 +198,10 @@ def test_colours_are_told_apart() -> None:
     assert all(0 <= part <= 255 for colour in colours for part in colour)
     nearest = min(sum(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in combinations(colours[:24], 2))
     assert nearest >= 30
+
+
+def test_a_colour_of_fractions_is_the_one_that_was_written() -> None:
+    assert fractions_of((255, 0, 51)) == ("1", "0", "0.2")
+    assert all(colour_of_fractions(fractions_of((n, 255 - n, 7))) == (n, 255 - n, 7) for n in range(256))
+    for parts in (["1", "0"], ["1", "0", "red"], ["1", "0", "1.1"], ["nan", "0", "0"]):
+        assert colour_of_fractions(parts) is None

@@ -12,13 +12,14 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from medseg.errors import InputError
-from medseg.terminology import Colour
+from medseg.terminology import Colour, colour_of_fractions, fractions_of
 from medseg.volume import Labels
 
 CODE = 30
 MAX_BYTES = 100_000
 """Programs built on the C library of NIfTI take a longer extension for damage (``LNI_MAX_NIA_EXT_LEN``)."""
 
+_CHANNELS = ("Red", "Green", "Blue")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -61,7 +62,7 @@ def from_xml(content: bytes) -> Labels | None:
 
 
 def _channels(colour: Colour) -> str:
-    return " ".join(f'{name}="{part / 255:.6g}"' for name, part in zip(("Red", "Green", "Blue"), colour, strict=True))
+    return " ".join(f'{name}="{part}"' for name, part in zip(_CHANNELS, fractions_of(colour), strict=True))
 
 
 def _key(row: ElementTree.Element) -> int | None:
@@ -70,10 +71,4 @@ def _key(row: ElementTree.Element) -> int | None:
 
 
 def _colour(row: ElementTree.Element) -> Colour | None:
-    try:
-        red, green, blue = (float(row.get(name, "")) for name in ("Red", "Green", "Blue"))
-    except ValueError:
-        return None
-    if not all(0 <= part <= 1 for part in (red, green, blue)):
-        return None
-    return round(255 * red), round(255 * green), round(255 * blue)
+    return colour_of_fractions([row.get(name, "") for name in _CHANNELS])

@@ -22,7 +22,7 @@ from medseg.errors import InputError, UnreadableFile
 from medseg.geometry import Geometry
 from medseg.io import nifti
 from medseg.records import replacing
-from medseg.terminology import Coding, Colour
+from medseg.terminology import Coding, Colour, colour_of_fractions, fractions_of
 from medseg.volume import Labels, Mask, Volume
 
 SUFFIXES: tuple[str, ...] = (".seg.nrrd",)
@@ -165,7 +165,7 @@ def _segment_lines(mask: Mask, labels: Labels, path: Path) -> Iterator[str]:
     yield f"Segmentation_SourceRepresentation:={_BINARY}"
     found = ndimage.find_objects(labels.to_indices(mask.array, path), len(labels.names))
     for n, (name, place) in enumerate(zip(labels.names, found, strict=True)):
-        colour = " ".join(f"{part / 255:.6g}" for part in labels.colour(name))
+        colour = " ".join(fractions_of(labels.colour(name)))
         extent = " ".join("0 -1" if axis is None else f"{axis.start} {axis.stop - 1}" for axis in place or [None] * 3)
         fields = {
             "ID": f"Segment_{n + 1}",
@@ -346,7 +346,7 @@ def _segments(header: _Header, layered: bool, path: Path) -> list[_Segment]:
                 name=_unescaped(field["Name"] or field["ID"] or f"Segment_{number + 1}"),
                 layer=_integer(header, f"Segment{number}_Layer", order if layered else 0, path),
                 value=_integer(header, f"Segment{number}_LabelValue", 1, path),
-                colour=_colour(field["Color"]),
+                colour=colour_of_fractions(field["Color"].split()),
                 coding=_coding(field["Tags"]),
             )
         )
@@ -359,16 +359,6 @@ def _integer(header: _Header, key: str, default: int, path: Path) -> int:
     if not re.fullmatch(r"-?\d{1,10}", text):
         raise UnreadableFile(path, "the layer or value of a segment is no integer", "a sound header", _SAVE_AGAIN)
     return int(text)
-
-
-def _colour(text: str) -> Colour | None:
-    try:
-        red, green, blue = (float(part) for part in text.split())
-    except ValueError:
-        return None
-    if not all(0 <= part <= 1 for part in (red, green, blue)):
-        return None
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _coding(tags: str) -> Coding | None:

@@ -239,11 +239,11 @@ def read_series(series: Series) -> Volume:
     geometry = check(series)
     kind, first = np.dtype(series.kind), series.frames[0].encoding
     array = np.empty((len(series.frames), first.rows, first.columns), dtype=kind)
-    files: dict[Instance, dict[int, Frame]] = defaultdict(dict)
+    by_file: dict[Instance, dict[int, Frame]] = defaultdict(dict)
     for k, frame in enumerate(series.frames):
-        files[frame.instance][k] = frame
+        by_file[frame.instance][k] = frame
     with Reader() as reader:
-        for frames in files.values():
+        for frames in by_file.values():
             for k, stored in pixels.read(reader, frames):
                 array[k] = pixels.values(stored, series.frames[k], kind, _turned(series.frames[k], series.modality))
     if series.positions_mm:
@@ -291,10 +291,10 @@ def read(path: Path) -> Volume:
     Raises:
         InputError: there are several studies.
     """
-    chosen = select(scan(path))
-    if len(chosen) > 1:
-        raise InputError(path, f"holds {len(chosen)} studies", "one series", _LISTED)
-    return read_series(chosen[0])
+    found = select(scan(path))
+    if len(found) > 1:
+        raise InputError(path, f"holds {len(found)} studies", "one series", _LISTED)
+    return read_series(found[0])
 
 
 def is_dicom(path: Path) -> bool:
@@ -310,8 +310,8 @@ def reading_bytes(series: Series) -> int:
     item = np.dtype(series.kind).itemsize
     read = len(series.frames) * pixels_a_slice * item
     interpolated = series.geometry.shape[2] * pixels_a_slice * item if series.positions_mm else 0
-    files = max(frame.encoding.file_bytes * (5 if frame.encoding.deflated else 1) for frame in series.frames)
-    return read + interpolated + 4 * 8 * pixels_a_slice + files
+    file_bytes = max(frame.encoding.file_bytes * (5 if frame.encoding.deflated else 1) for frame in series.frames)
+    return read + interpolated + 4 * 8 * pixels_a_slice + file_bytes
 
 
 def headers(series: Series) -> Sequence[Any]:

@@ -21,7 +21,9 @@ from medseg.errors import UnreadableFile
 from medseg.io.dicom.archive import Instance, Reader, damaged
 from medseg.io.dicom.frames import NATIVE, Encoding, Frame, data_of, silent
 
-_RLE = "1.2.840.10008.1.2.5"
+RLE = "1.2.840.10008.1.2.5"
+MOST_RUN = 64
+"""Times that run lengths expand: two bytes stand for 128 at the most (PS3.5 G.3.1)."""
 _DECODERS = {
     **dict.fromkeys((f"1.2.840.10008.1.2.4.{end}" for end in (50, 51, 57, 70)), "jpeg8_decode"),
     **dict.fromkeys((f"1.2.840.10008.1.2.4.{end}" for end in (80, 81)), "jpegls_decode"),
@@ -33,7 +35,6 @@ _ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"  # tags of encapsulated f
 _END_OF_IMAGE = b"\xff\xd9"  # EOI of JPEG and JPEG-LS, EOC of JPEG 2000
 _MOST_BEHIND = 16  # bytes that some writers leave behind the end of a stream; it stands in no stream before its end
 _KINDS = (np.uint8, np.int16, np.uint16, np.int32, np.int64)
-_MOST_RUN = 64  # times that run lengths expand: two bytes stand for 128 at the most (PS3.5 G.3.1)
 _TILE = 1024  # pixels: a stream in smaller pieces is no image of a scanner, and asks for memory by their number
 _DAMAGED = "copy it again from its source"
 
@@ -47,7 +48,7 @@ def syntax_name(uid: str) -> str:
 
 def undecodable(syntax: str) -> str:
     """Why pixels of a transfer syntax cannot be decoded here, with the package to install; empty where they can."""
-    if syntax in NATIVE or syntax == _RLE:
+    if syntax in NATIVE or syntax == RLE:
         return ""
     name = syntax_name(syntax)
     if syntax not in _DECODERS:
@@ -57,7 +58,7 @@ def undecodable(syntax: str) -> str:
 
 def decoders() -> dict[str, str]:
     """By the name of every compressed transfer syntax that there is a decoder of, what ``undecodable`` says of it."""
-    return {syntax_name(syntax): undecodable(syntax) for syntax in (_RLE, *_DECODERS)}
+    return {syntax_name(syntax): undecodable(syntax) for syntax in (RLE, *_DECODERS)}
 
 
 def kind_of(frames: Sequence[Frame]) -> np.dtype[Any]:
@@ -258,8 +259,8 @@ def _check_fragments(stream: BinaryIO, instance: Instance, encoding: Encoding) -
 
 def _decoded(content: bytes, encoding: Encoding) -> NDArray[Any] | None:
     """The pixels of one compressed frame (rows, columns); None where it is not what the header says."""
-    if encoding.syntax == _RLE:
-        if encoding.frame_bytes > _MOST_RUN * len(content):
+    if encoding.syntax == RLE:
+        if encoding.frame_bytes > MOST_RUN * len(content):
             return None
         return _in_bits(_run_lengths(content, encoding), encoding)
     end = content.find(_END_OF_IMAGE, max(0, len(content.rstrip(b"\0")) - len(_END_OF_IMAGE) - _MOST_BEHIND))
@@ -302,7 +303,7 @@ def _run_lengths(content: bytes, encoding: Encoding) -> NDArray[Any]:
         "pixel_keyword": "PixelData",
     }
     source = BytesIO(encapsulate([content]))
-    plane, _ = get_decoder(_RLE).as_array(source, index=0, raw=True, decoding_plugin="pydicom", **options)
+    plane, _ = get_decoder(RLE).as_array(source, index=0, raw=True, decoding_plugin="pydicom", **options)
     return plane.reshape(encoding.rows, encoding.columns)
 
 

@@ -71,15 +71,13 @@ _SERIES_NUMBER = 900
 _TOLERANCE = 0.1
 """Of a voxel, within which one lies on another: positions are rounded, and slices a little uneven (``stack.DRIFT``)."""
 _SOP_CLASS_UID = 0x00080016
-_BIG_ENDIAN, _RLE = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.5"
+_BIG_ENDIAN = "1.2.840.10008.1.2.2"
 _MOST_LABELS = 254  # see Labels
 _MOST_VOXELS = 2**32
 _MOST_BYTES = 2**32 - 2
 """Of an element whose length is stated: PS3.5, 7.1.1."""
 _MOST_COMPRESSION = 10_000
 """Times; a frame of one colour is a thousandth in JPEG-LS."""
-_MOST_RUN = 64
-"""Times that run lengths expand: two bytes stand for 128 at the most (PS3.5, G.3.1)."""
 _MOST_MM = 1e7
 """Beyond any number of millimetres."""
 _MOST_GAP = 4096
@@ -736,7 +734,8 @@ def _check(header: _Header, path: Path) -> None:
         raise InputError(path, "is big-endian, a retired transfer syntax", "little-endian", "convert it by dcmconv +te")
     rows, columns, count = encoding.rows, encoding.columns, encoding.frames
     needed = (rows * columns * count * encoding.allocated + 7) // 8
-    expansion = 1 if encoding.syntax in files.NATIVE else _MOST_RUN if encoding.syntax == _RLE else _MOST_COMPRESSION
+    most = pixels.MOST_RUN if encoding.syntax == pixels.RLE else _MOST_COMPRESSION
+    expansion = 1 if encoding.syntax in files.NATIVE else most
     if min(rows, columns, count) < 1 or described != count or needed > len(content) * expansion:
         found = f"{count} frames of {columns}x{rows}, {described} described, in {len(content):,} bytes"
         raise UnreadableFile(path, found, "as many frames as its header claims", "copy it again from its source")
