@@ -12,26 +12,45 @@ from __future__ import annotations
 
 import csv
 import io as text_io
+import logging
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 import numpy as np
+from pydantic import Field
 
+from medseg import bootstrap
 from medseg.cases import find_masks
 from medseg.dataset import Dataset
 from medseg.errors import DatasetError, GeometryMismatch, InputError, UnreadableFile
-from medseg.geometry import Box, Geometry
+from medseg.geometry import Box, Float, Geometry
 from medseg.io import describe_grid, has_segments, own_labels, read_mask
-from medseg.metrics import DEFINITIONS, ClassScore, score_failure, score_pair
+from medseg.metrics import (
+    DECATHLON,
+    DECATHLON_TOLERANCES_MM,
+    DEFINITIONS,
+    LESION_IOU,
+    MEASURES,
+    ClassScore,
+    LesionScore,
+    Scoring,
+    score_failure,
+    score_pair,
+)
 from medseg.progress import Progress, silent
 from medseg.records import Record, write_text
+from medseg.terminology import ABNORMAL_STRUCTURE, Coding
 from medseg.volume import Labels, Mask
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TOLERANCE_MM = 1.0
 """Tolerance of NSD where none is given; every evaluation records the one it used."""
@@ -39,10 +58,29 @@ DEFAULT_TOLERANCE_MM = 1.0
 MOST_VOXELS = 2**31
 """Of the grid that holds two masks of segments: with more they are of different places."""
 
+_WORST = 5
 _WORKERS = min(4, os.cpu_count() or 1)  # each holds one pair of masks: bounded memory
 
 Pair = tuple[str, Path, Path]
 """Case id, path of the prediction (which may be missing), path of the reference; files, or folders of a DICOM SEG."""
+
+
+class EvaluateSettings(Record):
+    """Choices of the person who evaluates.
+
+    Attributes:
+        tolerance_mm: of NSD; None for the Decathlon's of a dataset that is a task of it, else ``DEFAULT_TOLERANCE_MM``.
+        lesions: classes and regions whose single lesions are counted; None for those that are lesions by what they
+            stand for (``Labels.coding``), as tumours.
+        lesion_iou: overlap above which a lesion counts as found.
+    """
+
+    tolerance_mm: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+    lesions: tuple[str, ...] | None = None
+    lesion_iou: float = Field(default=LESION_IOU, ge=0.0, lt=1.0)
+
+
+DEFAULTS = EvaluateSettings()
 
 
 class CaseScores(Record):
@@ -65,10 +103,44 @@ _Result = CaseScores | str  # the scores, or why there are none
 
 
 class Spread(Record):
-    """How one measure is spread over the cases of a class."""
+    """How one measure is spread over the cases of a class.
+
+    Attributes:
+        mean: over the cases that count.
+        low, high: ends of the 95 % interval of the mean (``medseg.bootstrap``); None with too few cases.
+        median, p25, p75, p05, p95: percentiles, linear between ranks.
+    """
 
     mean: float
+    low: float | None
+    high: float | None
     median: float
+    p25: float
+    p75: float
+    p05: float
+    p95: float
+
+
+class LesionSummary(Record):
+    """The single lesions of one class over all cases.
+
+    Attributes:
+        n_cases: in which lesions were looked for; all that have a reference.
+        n_reference, n_predicted, n_found: sums over them.
+        sensitivity: n_found / n_reference; None where there are no lesions.
+        precision: n_found / n_predicted; None where nothing was predicted.
+        f1: 2 n_found / (n_reference + n_predicted); None where both are 0.
+        false_positives_per_case: (n_predicted - n_found) / n_cases.
+    """
+
+    n_cases: int
+    n_reference: int
+    n_predicted: int
+    n_found: int
+    sensitivity: float | None
+    precision: float | None
+    f1: float | None
+    false_positives_per_case: float
 
 
 class ClassSummary(Record):
@@ -80,7 +152,9 @@ class ClassSummary(Record):
         n_true_negative: left out: both empty.
         n_empty_reference: cases without this class in the reference, left out or not.
         n_missed, n_false_positive, n_failed: cases with the worst scores, by the reason.
-        dice, nsd, hd95_mm: over the cases that count; None where there are none.
+        worst: ids of the (at most five) cases with the lowest Dice, of equal ones with the largest HD95, worst first.
+        dice and the other measures: over the cases that count; None where there are none.
+        lesions: where they are counted.
     """
 
     name: str
@@ -90,17 +164,33 @@ class ClassSummary(Record):
     n_missed: int
     n_false_positive: int
     n_failed: int
+    worst: tuple[str, ...]
     dice: Spread | None
     nsd: Spread | None
     hd95_mm: Spread | None
+    iou: Spread | None
+    sensitivity: Spread | None
+    precision: Spread | None
+    hd_mm: Spread | None
+    assd_mm: Spread | None
+    volume_difference_ml: Spread | None
+    volume_difference_percent: Spread | None
+    lesions: LesionSummary | None = None
 
 
 class Means(Record):
-    """Means over the classes (regions left out) of each class's mean over the cases."""
+    """One number a measure, over the classes (regions left out) of each class's mean over the cases."""
 
-    dice: float | None
-    nsd: float | None
-    hd95_mm: float | None
+    dice: float | None = None
+    nsd: float | None = None
+    hd95_mm: float | None = None
+    iou: float | None = None
+    sensitivity: float | None = None
+    precision: float | None = None
+    hd_mm: float | None = None
+    assd_mm: float | None = None
+    volume_difference_ml: float | None = None
+    volume_difference_percent: float | None = None
 
 
 class Evaluation(Record):
@@ -109,24 +199,41 @@ class Evaluation(Record):
     Attributes:
         labels: what was scored.
         tolerance_mm: of NSD.
+        tolerance_source: where it is from, in words.
+        lesion_iou: overlap above which a lesion counts as found.
         definitions: of every measure and status.
         order: of averaging.
+        intervals: how the ends of intervals were found.
         mean: over cases, then over classes.
+        mean_low, mean_high: ends of the 95 % interval of each; None with too few cases.
         classes: one a class, then one a region, over the cases.
         cases: one a case.
         unscored: cases whose reference cannot be used, and why. They are in no number.
         extra: predictions without a reference.
+        matched: how predictions and references were matched where their names differ; empty where they do not.
+        predictions, references: the places that were given; empty where pairs were.
     """
 
     labels: Labels
     tolerance_mm: float
+    tolerance_source: str = ""
+    lesion_iou: float = LESION_IOU
     definitions: dict[str, str] = DEFINITIONS
     order: str = "mean over cases, then over classes (regions left out)"
+    intervals: str = (
+        f"95 % by bootstrap of whole cases (BCa with tails expanded for few cases, {bootstrap.RESAMPLES} resamples, "
+        f"seed {bootstrap.SEED}); none with fewer than {bootstrap.FEWEST} cases"
+    )
     mean: Means
+    mean_low: Means
+    mean_high: Means
     classes: tuple[ClassSummary, ...]
     cases: tuple[CaseScores, ...]
     unscored: dict[str, str] = {}
     extra: tuple[str, ...] = ()
+    matched: str = ""
+    predictions: str = ""
+    references: str = ""
 
     @property
     def failed(self) -> dict[str, str]:
@@ -142,18 +249,28 @@ class Evaluation(Record):
         """Write one row a case and class, atomically. Undefined numbers are empty."""
         text = text_io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", "class", *list(ClassScore.model_fields)[1:], "tolerance_mm", "reason"])
+        counts = list(LesionScore.model_fields)
+        columns = [name for name in ClassScore.model_fields if name not in ("name", "lesions")]
+        lesions = [f"lesions_{name.removeprefix('n_')}" for name in counts] if self.counts_lesions else []
+        writer.writerow(["case", "class", *columns, *lesions, "tolerance_mm", "reason"])
         for case in self.cases:
             for score in case.scores:
-                writer.writerow([case.case, *score.model_dump().values(), self.tolerance_mm, case.reason])
+                row = [case.case, score.name, *(getattr(score, name) for name in columns)]
+                row += [getattr(score.lesions, name, None) for name in counts] if lesions else []
+                writer.writerow([*row, self.tolerance_mm, case.reason])
         write_text(path, text.getvalue())
+
+    @property
+    def counts_lesions(self) -> bool:
+        """Whether the single lesions of a class are counted."""
+        return any(summary.lesions for summary in self.classes)
 
 
 def evaluate_folders(
     predictions: Path,
     references: Path,
     labels: Labels | None = None,
-    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    settings: EvaluateSettings = DEFAULTS,
     cases: Sequence[str] | None = None,
     only_predicted: bool = False,
     progress: Progress = silent,
@@ -163,10 +280,10 @@ def evaluate_folders(
     Args:
         predictions: a folder of masks, one mask, or a pattern; see ``find_masks``.
         references: likewise, or a dataset folder with its ``dataset.json``, whose training labels and label names are
-            used. Two single files are a pair whatever their names.
+            used. Two single files are a pair whatever their names; see ``pairs_of`` for names that differ a little.
         labels: names of the values. Without them and without a dataset: those that the references name; for values
             that they do not name, the names that other masks have for them, or ``label_<value>``.
-        tolerance_mm: of NSD.
+        settings: tolerance and lesions.
         cases: ids to score; all that have a reference otherwise.
         only_predicted: score only cases that have a prediction, as those of one fold; the others are no failures then.
         progress: called after each case.
@@ -176,11 +293,12 @@ def evaluate_folders(
             (without labels) a mask that does not name its values where those of the others do not tell what they are.
         DatasetError: none of the references can be used.
     """
-    known, found = _references(references)
-    predicted = find_masks(predictions)
+    dataset = Dataset.open(references) if (references / "dataset.json").is_file() else None
+    found = _references(references, dataset)
+    predicted, matched = _matched(find_masks(predictions), found)
     if predictions.is_file():
         if references.is_file():
-            predicted = dict(zip(found, predicted.values(), strict=True))
+            predicted, matched = dict(zip(found, predicted.values(), strict=True)), ""
         cases = cases or list(predicted)
     wanted = sorted(found) if cases is None else list(dict.fromkeys(cases))
     if only_predicted:
@@ -192,15 +310,69 @@ def evaluate_folders(
             predictions, f"no mask has the name of a reference: {min(predicted)}, ...", f"names as {wanted[0]}"
         )
     pairs = [(case, predicted.get(case, predictions / case), found[case]) for case in wanted]
-    names = labels or known or _found_labels([path for *_, path in pairs], [path for _, path, _ in pairs])
-    extra = tuple(sorted(set(predicted) - set(found)))
-    return evaluate_cases(pairs, names, tolerance_mm, progress).model_copy(update={"extra": extra})
+    known = labels or (dataset.labels if dataset else None)
+    names = known or _found_labels([path for *_, path in pairs], [path for _, path, _ in pairs])
+    facts = {
+        "extra": tuple(sorted(set(predicted) - set(found))),
+        "matched": matched,
+        "predictions": str(predictions),
+        "references": str(references),
+    }
+    name = dataset.root.resolve().name if dataset else ""
+    return evaluate_cases(pairs, names, settings, name, progress).model_copy(update=facts)
+
+
+def pairs_of(predictions: Path, references: Path) -> list[Pair]:
+    """Every reference with the prediction of its name; paths as ``evaluate_folders`` takes them.
+
+    Names are those of the files without ending. Where no prediction has the name of a reference, what all predictions
+    have in common at their ends, and all references, is left out first: ``pred_007_seg`` is the prediction of ``007``.
+    Then every prediction must have a reference, so that no wrong pair can come of it.
+
+    Raises:
+        InputError: there is none, or two files are of one name.
+    """
+    dataset = Dataset.open(references) if (references / "dataset.json").is_file() else None
+    found = _references(references, dataset)
+    predicted, _ = _matched(find_masks(predictions), found)
+    if predictions.is_file() and references.is_file():
+        predicted = dict(zip(found, predicted.values(), strict=True))
+    return [(case, predicted.get(case, predictions / case), path) for case, path in sorted(found.items())]
+
+
+def _matched(predicted: dict[str, Path], found: Mapping[str, Path]) -> tuple[dict[str, Path], str]:
+    """Predictions by the name of their reference, and how that was found where names differ; see ``pairs_of``."""
+    if set(predicted) & set(found) or len(predicted) < 2 or len(found) < 2:
+        return predicted, ""
+    (ends_p, cores_p), (ends_r, cores_r) = _cores(predicted), _cores(found)
+    names = {core: name for name, core in cores_r.items()}
+    if not set(cores_p.values()) <= set(names):
+        return predicted, ""
+    how = f"{ends_p[0]}*{ends_p[1]} of the predictions is {ends_r[0]}*{ends_r[1]} of the references"
+    log.warning("names: %s", how)
+    return {names[core]: predicted[name] for name, core in cores_p.items()}, how
+
+
+def _cores(names: Collection[str]) -> tuple[tuple[str, str], dict[str, str]]:
+    """What all names begin and end with, and each without it."""
+    start = _shared(names)
+    rest = {name: name.removeprefix(start) for name in names}
+    stop = _shared([text[::-1] for text in rest.values()])[::-1]
+    return (start, stop), {name: text.removesuffix(stop) for name, text in rest.items()}
+
+
+def _shared(texts: Collection[str]) -> str:
+    """What all texts begin with, up to their numbers: ``01`` and ``02`` share nothing."""
+    first, last = min(texts), max(texts)
+    count = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:count].rstrip("0123456789")
 
 
 def evaluate_cases(
     pairs: Sequence[Pair],
     labels: Labels,
-    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    settings: EvaluateSettings = DEFAULTS,
+    dataset: str = "",
     progress: Progress = silent,
 ) -> Evaluation:
     """Score the given pairs of mask files.
@@ -208,43 +380,71 @@ def evaluate_cases(
     Args:
         pairs: case id, prediction (a missing file makes a failed case), reference.
         labels: classes and regions to score.
-        tolerance_mm: of NSD.
+        settings: tolerance and lesions.
+        dataset: name of its folder, which tells the tolerance of a task of the Decathlon, and what tumours are of.
         progress: called after each case.
 
     Raises:
-        InputError: no pairs, or a tolerance that is no positive number.
+        InputError: no pairs, or lesions of an unknown class.
         DatasetError: none of the references can be used; each is listed with its reason.
     """
     if not pairs:
         raise InputError("evaluation", "no case to score", "one pair of masks at least")
-    if not 0.0 <= tolerance_mm < np.inf:
-        raise InputError("tolerance_mm", f"is {tolerance_mm}", "a length in mm of 0 or more")
-    results = _in_threads(pairs, labels, tolerance_mm, progress)
+    scoring, source = _scoring(labels, settings, dataset)
+    results = _in_threads(pairs, scoring, progress)
     scored = tuple(result for result in results if isinstance(result, CaseScores))
     unscored = {pair[0]: result for pair, result in zip(pairs, results, strict=True) if isinstance(result, str)}
     if not scored:
         raise DatasetError(
             "references", f"none of {len(pairs)} can be used: {'; '.join(unscored.values())}", "masks that can be read"
         )
-    classes = tuple(_summarise(column) for column in zip(*(case.scores for case in scored), strict=True))
-    alone = classes[: len(labels.values)]  # the rest are regions
+    classes, means, low, high = _summaries(scored, len(labels.values))
     return Evaluation(
         labels=labels,
-        tolerance_mm=tolerance_mm,
-        mean=Means(
-            dice=_mean(c.dice for c in alone), nsd=_mean(c.nsd for c in alone), hd95_mm=_mean(c.hd95_mm for c in alone)
-        ),
+        tolerance_mm=scoring.tolerance_mm,
+        tolerance_source=source,
+        lesion_iou=scoring.lesion_iou,
+        mean=means,
+        mean_low=low,
+        mean_high=high,
         classes=classes,
         cases=scored,
         unscored=unscored,
     )
 
 
-def _in_threads(pairs: Sequence[Pair], labels: Labels, tolerance_mm: float, progress: Progress) -> list[_Result]:
+def _scoring(labels: Labels, settings: EvaluateSettings, dataset: str) -> tuple[Scoring, str]:
+    """What is scored, and where its tolerance is from."""
+    known = [*labels.names, *labels.regions]
+    lesions = settings.lesions
+    if lesions is None:
+        lesions = tuple(name for name in labels.names if _is_lesion(labels.coding(name, dataset)))
+    if strange := [name for name in lesions if name not in known]:
+        raise InputError("lesions", f"there is no class {', '.join(strange)}", ", ".join(known))
+    tolerance_mm, source = _tolerance(settings.tolerance_mm, dataset)
+    return Scoring(labels, tolerance_mm, lesions, settings.lesion_iou), source
+
+
+def _tolerance(wanted_mm: float | None, dataset: str) -> tuple[float, str]:
+    """Tolerance of NSD in mm, and where it is from."""
+    if wanted_mm is not None:
+        return wanted_mm, "chosen by the user"
+    if name := re.fullmatch(r"(?:Task|Dataset)0*(\d+)_(\w+)", dataset):  # as the Decathlon and as nnU-Net write it
+        task = f"Task{int(name[1]):02d}_{name[2]}"
+        if task in DECATHLON_TOLERANCES_MM:
+            return DECATHLON_TOLERANCES_MM[task], f"of {task}: {DECATHLON}"
+    return DEFAULT_TOLERANCE_MM, "the usual one of medseg, as none was chosen"
+
+
+def _is_lesion(coding: Coding | None) -> bool:
+    return coding is not None and coding.category == ABNORMAL_STRUCTURE
+
+
+def _in_threads(pairs: Sequence[Pair], scoring: Scoring, progress: Progress) -> list[_Result]:
     results = []
     with ThreadPoolExecutor(_WORKERS) as pool:
         try:
-            for result in pool.map(partial(_score_case, labels=labels, tolerance_mm=tolerance_mm), pairs):
+            for result in pool.map(partial(_score_case, scoring=scoring), pairs):
                 results.append(result)
                 progress("scoring", len(results) / len(pairs), pairs[len(results) - 1][0])
         finally:
@@ -252,12 +452,12 @@ def _in_threads(pairs: Sequence[Pair], labels: Labels, tolerance_mm: float, prog
     return results
 
 
-def _score_case(pair: Pair, labels: Labels, tolerance_mm: float) -> _Result:
+def _score_case(pair: Pair, scoring: Scoring) -> _Result:
     """The scores of one case, or why its reference cannot be used."""
     case, prediction_path, reference_path = pair
+    labels = scoring.labels
     try:
         reference = read_mask(reference_path, labels)
-        worst = score_failure(reference.array, reference.geometry, labels, reference_path)
     except InputError as failure:
         return str(failure)
     try:
@@ -267,10 +467,9 @@ def _score_case(pair: Pair, labels: Labels, tolerance_mm: float) -> _Result:
         left_out = _left_out(prediction, labels, prediction_path)
         prediction = prediction.without(left_out).named(labels)
         prediction, reference = _on_one_grid(prediction, reference, prediction_path, reference_path)
-        scores = score_pair(
-            prediction.array, reference.array, reference.geometry, labels, tolerance_mm, prediction_path
-        )
+        scores = score_pair(prediction.array, reference.array, reference.geometry, scoring, prediction_path)
     except InputError as failure:
+        worst = score_failure(reference.array, reference.geometry, scoring, reference_path)
         return CaseScores(case=case, scores=worst, reason=str(failure))
     return CaseScores(case=case, scores=scores, left_out=left_out)
 
@@ -318,8 +517,43 @@ def _extended(grid: Geometry, other: Geometry, where: Path) -> Geometry:
     return grid.cropped(Box(tuple(start.tolist()), tuple(stop.tolist())))
 
 
-def _summarise(scores: Sequence[ClassScore]) -> ClassSummary:
+def _summaries(cases: Sequence[CaseScores], classes: int) -> tuple[tuple[ClassSummary, ...], Means, Means, Means]:
+    """Each class and region over the cases; then the mean over the classes of each measure, and its interval's ends."""
+    columns = list(zip(*(case.scores for case in cases), strict=True))
+    places = {(measure, n): i for i, (measure, n) in enumerate(product(MEASURES, range(len(columns))))}
+    values = np.array([[_number(columns[n][case], measure) for measure, n in places] for case in range(len(cases))])
+    resampled = bootstrap.Resampled.of(values)
+    means, low, high = Means(), Means(), Means()
+    for measure in MEASURES:
+        alone = [i for n in range(classes) if np.isfinite(resampled.means[i := places[measure, n]])]  # no regions
+        at = fmean(resampled.means[alone].tolist()) if alone else None
+        ends = resampled.interval(alone) or (None, None)
+        means, low, high = (
+            record.model_copy(update={measure: value})
+            for record, value in zip((means, low, high), (at, *ends), strict=True)
+        )
+    names = [case.case for case in cases]
+    summaries = tuple(
+        _summarise(names, column, {m: _spread(values[:, i := places[m, n]], resampled.interval([i])) for m in MEASURES})
+        for n, column in enumerate(columns)
+    )
+    return summaries, means, low, high
+
+
+def _number(score: ClassScore, measure: str) -> float:
+    value = getattr(score, measure)
+    return float("nan") if value is None else value
+
+
+def _summarise(
+    cases: Sequence[str], scores: Sequence[ClassScore], spreads: Mapping[str, Spread | None]
+) -> ClassSummary:
     count = Counter(score.status for score in scores)
+    ranked = sorted(
+        (score.dice, -(score.hd95_mm or 0.0), case)
+        for case, score in zip(cases, scores, strict=True)
+        if score.dice is not None
+    )
     return ClassSummary(
         name=scores[0].name,
         n=len(scores) - count["true_negative"],
@@ -328,28 +562,46 @@ def _summarise(scores: Sequence[ClassScore]) -> ClassSummary:
         n_missed=count["missed"],
         n_false_positive=count["false_positive"],
         n_failed=count["failed"],
-        dice=_spread(score.dice for score in scores),
-        nsd=_spread(score.nsd for score in scores),
-        hd95_mm=_spread(score.hd95_mm for score in scores),
+        worst=tuple(case for *_, case in ranked[:_WORST]),
+        lesions=_lesions([score.lesions for score in scores if score.lesions]),
+        **spreads,
     )
 
 
-def _spread(values: Iterable[float | None]) -> Spread | None:
-    numbers = [value for value in values if value is not None]
-    return Spread(mean=fmean(numbers), median=median(numbers)) if numbers else None
+def _lesions(scores: Sequence[LesionScore]) -> LesionSummary | None:
+    if not scores:
+        return None
+    reference, predicted, found = (
+        sum(getattr(score, name) for score in scores) for name in ("n_reference", "n_predicted", "n_found")
+    )
+    return LesionSummary(
+        n_cases=len(scores),
+        n_reference=reference,
+        n_predicted=predicted,
+        n_found=found,
+        sensitivity=found / reference if reference else None,
+        precision=found / predicted if predicted else None,
+        f1=2 * found / (reference + predicted) if reference + predicted else None,
+        false_positives_per_case=(predicted - found) / len(scores),
+    )
 
 
-def _mean(spreads: Iterable[Spread | None]) -> float | None:
-    means = [spread.mean for spread in spreads if spread]
-    return fmean(means) if means else None
+def _spread(values: Float, interval: bootstrap.Interval | None) -> Spread | None:
+    """The spread of the numbers that are known; None where none is."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return None
+    low, high = interval or (None, None)
+    p05, p25, median, p75, p95 = np.percentile(known, (5, 25, 50, 75, 95)).tolist()
+    mean = fmean(known.tolist())
+    return Spread(mean=mean, low=low, high=high, median=median, p25=p25, p75=p75, p05=p05, p95=p95)
 
 
-def _references(path: Path) -> tuple[Labels | None, dict[str, Path]]:
-    """Label names, where a dataset gives them, and the reference of each case."""
-    if not (path / "dataset.json").is_file():
-        return None, find_masks(path)
-    dataset = Dataset.open(path)
-    return dataset.labels, {case.id: case.label for case in dataset.cases if case.label}
+def _references(path: Path, dataset: Dataset | None) -> dict[str, Path]:
+    """The reference of each case."""
+    if dataset is None:
+        return find_masks(path)
+    return {case.id: case.label for case in dataset.cases if case.label}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How well a prediction agrees with its reference: Dice, NSD, HD95, volumes and single objects; empty cases defined.
+"""How well a prediction agrees with its reference: overlap, surfaces, volumes, lesions, objects; empty cases defined.
 
 One pass over a pair serves all labels: a joint histogram gives overlaps and volumes, and surfaces are looked at only
 in the box around each structure. Surfaces are those of google-deepmind/surface-distance (Nikolov et al.,
@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.ndimage
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 
 from medseg.errors import GeometryMismatch
@@ -33,16 +34,53 @@ Status = Literal["scored", "true_negative", "missed", "false_positive", "failed"
 
 DEFINITIONS = {
     "dice": "2 |A and B| / (|A| + |B|) in voxels of the reference grid",
+    "iou": "|A and B| / |A or B| (Jaccard)",
+    "sensitivity": "|A and B| / |reference|",
+    "precision": "|A and B| / |prediction|",
     "nsd": "normalised surface Dice: the part of both surfaces' area that lies within tolerance_mm of the other "
     "surface, as google-deepmind/surface-distance defines it",
     "hd95_mm": "the larger of the two directed 95th percentiles of surface distance, weighted by surface area, as "
     "google-deepmind/surface-distance defines it",
+    "hd_mm": "the largest surface distance in either direction (Hausdorff), of the same surface elements",
+    "assd_mm": "mean distance of all elements of both surfaces from the other surface, weighted by area",
+    "volume_difference_ml": "prediction minus reference",
+    "volume_difference_percent": "the same in percent of the reference; none where the reference is empty",
     "true_negative": "both empty: left out of the means, and counted",
-    "missed": "prediction empty: Dice 0, NSD 0, HD95 the image diagonal",
-    "false_positive": "reference empty: Dice 0, NSD 0, HD95 the image diagonal",
-    "failed": "no usable prediction: Dice 0, NSD 0, HD95 the image diagonal",
+    "missed": "prediction empty: overlap and NSD 0, distances the image diagonal",
+    "false_positive": "reference empty: overlap and NSD 0, distances the image diagonal",
+    "failed": "no usable prediction: scored as one that is empty, and counted apart",
+    "lesions": "connected pieces (26 neighbours; 8 in a picture); a predicted and a true one match where their "
+    "intersection over union is more than lesion_iou, each with one other at most and as many as can be",
 }
 """What each number and each status means; kept with every evaluation."""
+
+MEASURES = (
+    *("dice", "nsd", "hd95_mm", "iou", "sensitivity", "precision", "hd_mm", "assd_mm"),
+    *("volume_difference_ml", "volume_difference_percent"),
+)
+"""What a class is scored by in each case, the usual ones first."""
+
+DISTANCES = ("hd95_mm", "hd_mm", "assd_mm")
+"""The measures that are better the smaller they are."""
+
+DECATHLON_TOLERANCES_MM = {
+    "Task01_BrainTumour": 5.0,
+    "Task02_Heart": 4.0,
+    "Task03_Liver": 7.0,
+    "Task04_Hippocampus": 1.0,
+    "Task05_Prostate": 4.0,
+    "Task06_Lung": 2.0,
+    "Task07_Pancreas": 5.0,
+    "Task08_HepaticVessel": 3.0,
+    "Task09_Spleen": 3.0,
+    "Task10_Colon": 4.0,
+}
+"""Tolerance of NSD by task, see ``DECATHLON``."""
+
+DECATHLON = "Antonelli et al. 2022, The Medical Segmentation Decathlon, Nature Communications 13:4128, Methods"
+
+LESION_IOU = 0.1
+"""Overlap from which a lesion counts as found, where none is given: that of nnDetection (Baumgartner et al. 2021)."""
 
 _TOLERANCE_SLACK = 1e-6
 """Relative slack of tolerance comparisons: a spacing of 0.8 mm kept in 32 bits must not exceed a tolerance of 0.8."""
@@ -70,46 +108,89 @@ these symmetries.
 """
 
 
+class LesionScore(Record):
+    """The single lesions of one class in one case; see ``DEFINITIONS``.
+
+    Attributes:
+        n_reference, n_predicted: pieces.
+        n_found: matches, so many of both.
+    """
+
+    n_reference: int
+    n_predicted: int
+    n_found: int
+
+
 class ClassScore(Record):
     """The agreement of one class (or region) in one case.
 
     Attributes:
         name: of the class or region.
         status: how the pair was scored; see ``DEFINITIONS``.
-        dice, nsd: 0 to 1; None for a true negative.
-        hd95_mm: None for a true negative.
+        dice, nsd, iou, sensitivity, precision: 0 to 1.
+        hd95_mm, hd_mm, assd_mm: distances of surfaces.
+        volume_difference_ml, volume_difference_percent: prediction minus reference.
         reference_ml, prediction_ml: volumes; of a failed prediction None.
+        lesions: where they are counted.
+
+    Measures of a true negative are None.
     """
 
     name: str
     status: Status
-    dice: float | None
-    nsd: float | None
-    hd95_mm: float | None
+    dice: float | None = None
+    nsd: float | None = None
+    hd95_mm: float | None = None
+    iou: float | None = None
+    sensitivity: float | None = None
+    precision: float | None = None
+    hd_mm: float | None = None
+    assd_mm: float | None = None
+    volume_difference_ml: float | None = None
+    volume_difference_percent: float | None = None
     reference_ml: float
     prediction_ml: float | None
+    lesions: LesionScore | None = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored, and how.
+
+    Attributes:
+        labels: classes and regions.
+        tolerance_mm: how far surfaces may be apart to count as agreeing in NSD.
+        lesions: names of the classes and regions whose single lesions are counted.
+        lesion_iou: overlap above which a lesion counts as found.
+    """
+
+    labels: Labels
+    tolerance_mm: float
+    lesions: tuple[str, ...] = ()
+    lesion_iou: float = LESION_IOU
+
+    @property
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        """Name of each class, then of each region -> its indices."""
+        index = {self.labels.values[name]: n for n, name in enumerate(self.labels.names, start=1)}
+        regions = {name: tuple({index[value] for value in values}) for name, values in self.labels.regions.items()}
+        return {**{name: (n,) for n, name in enumerate(self.labels.names, start=1)}, **regions}
 
 
 def score_pair(
-    prediction: NDArray[Any],
-    reference: NDArray[Any],
-    geometry: Geometry,
-    labels: Labels,
-    tolerance_mm: float,
-    where: object = "mask",
+    prediction: NDArray[Any], reference: NDArray[Any], geometry: Geometry, scoring: Scoring, where: object = "mask"
 ) -> tuple[ClassScore, ...]:
     """Score one prediction against its reference, on their common grid.
 
     Args:
         prediction: integers (I, J, K), label values.
-        reference: the same shape. Voxels with ``labels.ignore`` here are background in both.
+        reference: the same shape. Voxels with ``Labels.ignore`` here are background in both.
         geometry: of both.
-        labels: classes and regions to score.
-        tolerance_mm: how far surfaces may be apart to count as agreeing in NSD.
+        scoring: classes and regions to score, and how.
         where: the prediction's name, for messages; an error in the reference's values says "reference of" it.
 
     Returns:
-        One score a class, in the order of ``labels.names``, then one a region. Both empty, one empty: ``DEFINITIONS``.
+        One score a class, in the order of ``Labels.names``, then one a region. Both empty, one empty: ``DEFINITIONS``.
 
     Raises:
         GeometryMismatch: the shapes differ.
@@ -117,8 +198,8 @@ def score_pair(
     """
     if not prediction.shape == reference.shape == geometry.shape:
         raise GeometryMismatch(where, f"has shape {prediction.shape}", f"{reference.shape} as the reference")
-    pair = _Pair.of(prediction, reference, geometry, labels, where)
-    return tuple(_score(pair, name, members, tolerance_mm) for name, members in _structures(labels).items())
+    pair = _Pair.of(prediction, reference, geometry, scoring.labels, where)
+    return tuple(_score(pair, name, members, scoring) for name, members in scoring.structures.items())
 
 
 def class_dice(
@@ -148,26 +229,19 @@ def joint_dice(joint: NDArray[np.int64]) -> tuple[float | None, ...]:
 
 
 def score_failure(
-    reference: NDArray[Any], geometry: Geometry, labels: Labels, where: object = "reference"
+    reference: NDArray[Any], geometry: Geometry, scoring: Scoring, where: object = "reference"
 ) -> tuple[ClassScore, ...]:
-    """The scores of a case without a usable prediction: the worst of each, with the reference's volumes.
+    """The scores of a case without a usable prediction: those of an empty one, with the status of a failure.
+
+    Also where the reference has nothing of a class: whatever went wrong, it was not the finding that there is none.
 
     Raises:
         InputError: the reference has a value without a name.
     """
-    indices = labels.to_indices(reference, where)
-    counts = joint_histogram(indices, np.zeros_like(indices), labels.count + 1)[:, 0]
+    pair = _Pair.of(np.zeros_like(reference), reference, geometry, scoring.labels, where)
     return tuple(
-        ClassScore(
-            name=name,
-            status="failed",
-            dice=0.0,
-            nsd=0.0,
-            hd95_mm=geometry.diagonal_mm,
-            reference_ml=float(counts[list(members)].sum()) * geometry.voxel_volume_ml,
-            prediction_ml=None,
-        )
-        for name, members in _structures(labels).items()
+        _unmatched(pair, name, members, scoring).model_copy(update={"status": "failed", "prediction_ml": None})
+        for name, members in scoring.structures.items()
     )
 
 
@@ -193,6 +267,12 @@ class _Pair:
         boxes = tuple([None, *scipy.ndimage.find_objects(array, max_label=labels.count - 1)] for array in (r, p))
         return cls(p, r, geometry, joint_histogram(r, p, labels.count), boxes)  # type: ignore[arg-type]
 
+    def counts(self, members: tuple[int, ...]) -> tuple[int, int, int]:
+        """Voxels of the united indices: of the reference, of the prediction, of both."""
+        chosen = list(members)
+        rows, columns = self.joint[chosen], self.joint[:, chosen]
+        return int(rows.sum()), int(columns.sum()), int(rows[:, chosen].sum())
+
     def masks(self, members: tuple[int, ...]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Reference and prediction of the united indices, cut to the box around both."""
         found = [boxes[m] for boxes in self.boxes for m in members]
@@ -200,6 +280,12 @@ class _Pair:
         box = Box(tuple(corners[..., 0].min(axis=0)), tuple(corners[..., 1].max(axis=0)))
         chosen = np.isin(np.arange(len(self.joint)), members)
         return chosen[self.reference[box.slices]], chosen[self.prediction[box.slices]]
+
+    def lesions(self, members: tuple[int, ...], iou: float) -> LesionScore:
+        """The single lesions of the united indices."""
+        if not any(self.counts(members)):
+            return LesionScore(n_reference=0, n_predicted=0, n_found=0)
+        return score_lesions(*self.masks(members), iou)
 
 
 def _indices(
@@ -222,42 +308,81 @@ def joint_histogram(first: NDArray[np.uint8], second: NDArray[np.uint8], n: int)
     return joint.reshape(n, n)
 
 
-def _structures(labels: Labels) -> dict[str, tuple[int, ...]]:
-    index = {labels.values[name]: n for n, name in enumerate(labels.names, start=1)}
-    regions = {name: tuple({index[value] for value in values}) for name, values in labels.regions.items()}
-    return {**{name: (n,) for n, name in enumerate(labels.names, start=1)}, **regions}
-
-
-def _score(pair: _Pair, name: str, members: tuple[int, ...], tolerance_mm: float) -> ClassScore:
-    rows = pair.joint[list(members)]
-    reference, prediction = int(rows.sum()), int(pair.joint[:, list(members)].sum())
-    both = int(rows[:, list(members)].sum())
-    status: Status = "scored"
-    dice: float | None = 0.0
-    nsd: float | None = 0.0
-    hd95_mm: float | None = pair.geometry.diagonal_mm
-    if not reference and not prediction:
-        status, dice, nsd, hd95_mm = "true_negative", None, None, None
-    elif not prediction:
-        status = "missed"
-    elif not reference:
-        status = "false_positive"
-    elif both == reference == prediction:
-        dice, nsd, hd95_mm = 1.0, 1.0, 0.0
-    else:
-        dice = 2.0 * both / (reference + prediction)
-        surfaces = surface_distances(*pair.masks(members), pair.geometry.spacing, flat=pair.geometry.shape[2] == 1)
-        nsd, hd95_mm = surfaces.nsd(tolerance_mm), surfaces.percentile_mm(95.0)
+def _score(pair: _Pair, name: str, members: tuple[int, ...], scoring: Scoring) -> ClassScore:
+    reference, prediction, both = pair.counts(members)
     voxel_ml = pair.geometry.voxel_volume_ml
+    lesions = pair.lesions(members, scoring.lesion_iou) if name in scoring.lesions else None
+    if not reference and not prediction:
+        return ClassScore(name=name, status="true_negative", reference_ml=0.0, prediction_ml=0.0, lesions=lesions)
+    if not (reference and prediction):
+        return _unmatched(pair, name, members, scoring)
+    if both == reference == prediction:
+        nsd, hd95_mm, hd_mm, assd_mm = 1.0, 0.0, 0.0, 0.0
+    else:
+        surfaces = surface_distances(*pair.masks(members), pair.geometry.spacing, flat=pair.geometry.shape[2] == 1)
+        nsd, assd_mm = surfaces.nsd(scoring.tolerance_mm), surfaces.mean_mm
+        hd95_mm, hd_mm = surfaces.percentile_mm(95.0), surfaces.percentile_mm(100.0)
     return ClassScore(
         name=name,
-        status=status,
-        dice=dice,
+        status="scored",
+        dice=2.0 * both / (reference + prediction),
         nsd=nsd,
         hd95_mm=hd95_mm,
+        iou=both / (reference + prediction - both),
+        sensitivity=both / reference,
+        precision=both / prediction,
+        hd_mm=hd_mm,
+        assd_mm=assd_mm,
+        volume_difference_ml=(prediction - reference) * voxel_ml,
+        volume_difference_percent=100.0 * (prediction - reference) / reference,
         reference_ml=reference * voxel_ml,
         prediction_ml=prediction * voxel_ml,
+        lesions=lesions,
     )
+
+
+def _unmatched(pair: _Pair, name: str, members: tuple[int, ...], scoring: Scoring) -> ClassScore:
+    """The worst scores: of a class that one of the masks has not (or neither, where the case failed)."""
+    reference, prediction, _ = pair.counts(members)
+    voxel_ml, diagonal_mm = pair.geometry.voxel_volume_ml, pair.geometry.diagonal_mm
+    return ClassScore(
+        name=name,
+        status="false_positive" if prediction else "missed",
+        dice=0.0,
+        nsd=0.0,
+        hd95_mm=diagonal_mm,
+        iou=0.0,
+        sensitivity=0.0,
+        precision=0.0,
+        hd_mm=diagonal_mm,
+        assd_mm=diagonal_mm,
+        volume_difference_ml=(prediction - reference) * voxel_ml,
+        volume_difference_percent=-100.0 if reference else None,
+        reference_ml=reference * voxel_ml,
+        prediction_ml=prediction * voxel_ml,
+        lesions=pair.lesions(members, scoring.lesion_iou) if name in scoring.lesions else None,
+    )
+
+
+def score_lesions(reference: NDArray[np.bool_], prediction: NDArray[np.bool_], iou: float = LESION_IOU) -> LesionScore:
+    """Count the pieces of two masks, and those that match; see ``DEFINITIONS``.
+
+    Args:
+        reference: (I, J, K).
+        prediction: the same shape.
+        iou: intersection over union that a match has more than.
+
+    Returns:
+        The counts; of empty masks 0.
+    """
+    pieces_r, pieces_p = (
+        scipy.ndimage.label(mask, structure=np.ones((3, 3, 3)))[0] for mask in (reference, prediction)
+    )
+    both, sizes_r, sizes_p = _overlaps(pieces_r, pieces_p)
+    found = both / (sizes_r[:, np.newaxis] + sizes_p - both)
+    rows, columns = linear_sum_assignment(found > iou, maximize=True)
+    matches = int(np.count_nonzero(found[rows, columns] > iou))
+    return LesionScore(n_reference=len(sizes_r), n_predicted=len(sizes_p), n_found=matches)
 
 
 @dataclass(frozen=True)
@@ -278,6 +403,12 @@ class SurfaceDistances:
         near = self.reference_areas[self.from_reference_mm <= limit].sum()
         near += self.prediction_areas[self.from_prediction_mm <= limit].sum()
         return float(near / (self.reference_areas.sum() + self.prediction_areas.sum()))
+
+    @property
+    def mean_mm(self) -> float:
+        """Mean distance of the elements of both surfaces, weighted by area."""
+        moved = self.from_reference_mm @ self.reference_areas + self.from_prediction_mm @ self.prediction_areas
+        return float(moved / (self.reference_areas.sum() + self.prediction_areas.sum()))
 
     def percentile_mm(self, percent: float) -> float:
         """The larger of the two directed percentiles of distance, weighted by area."""

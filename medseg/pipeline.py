@@ -22,7 +22,7 @@ from medseg.check import check
 from medseg.dataset import Case, Dataset, Findings, Fold
 from medseg.engines import choose_device
 from medseg.errors import DatasetError, InputError
-from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, Pair, evaluate_cases
+from medseg.evaluate import EvaluateSettings, Evaluation, Pair, evaluate_cases
 from medseg.fingerprint import Fingerprint, measure
 from medseg.folder import writing_to
 from medseg.journal import versions
@@ -72,7 +72,7 @@ def run(
     folds: Sequence[int] | None = (0,),
     train: TrainSettings | None = None,
     memory_budget_mb: float = DEFAULT_MEMORY_MB,
-    tolerance_mm: float = DEFAULT_TOLERANCE_MM,
+    evaluate: EvaluateSettings | None = None,
     regions: Mapping[str, tuple[int, ...]] | None = None,
     overrides: Sequence[str] = (),
     mirror: bool = False,
@@ -88,7 +88,7 @@ def run(
         folds: numbers of the folds to train; None for all of them.
         train: settings of training, the same for each fold.
         memory_budget_mb: what a training step may take.
-        tolerance_mm: of NSD.
+        evaluate: settings of the scores.
         regions: unions of labels to score beside the labels.
         overrides: plan settings.
         mirror: average predictions over mirrored images.
@@ -113,7 +113,8 @@ def run(
         chosen = chosen_folds(data, folds, out)
         records = train_station(data, plan, configuration, chosen, out, settings, progress)
         pairs = _predict_station(data, chosen, out, PredictSettings(device=settings.device, mirror=mirror), progress)
-        evaluation = _evaluate_station(pairs, scored, tolerance_mm, out, progress)
+        chosen_scores = evaluate or EvaluateSettings()
+        evaluation = _evaluate_station(pairs, scored, chosen_scores, data.root.resolve().name, out, progress)
         dice = {number: _fold_dice(evaluation, fold) for number, fold in chosen.items()}
         note_dice(out / "package", dice)
         records = {n: record.model_copy(update={"dice": dice[n]}) for n, record in records.items()}
@@ -296,13 +297,14 @@ def _predict_station(
 
 
 def _evaluate_station(
-    pairs: Sequence[Pair], labels: Labels, tolerance_mm: float, out: Path, progress: Progress
+    pairs: Sequence[Pair], labels: Labels, settings: EvaluateSettings, dataset: str, out: Path, progress: Progress
 ) -> Evaluation:
     files = [[case, *(digest_file(p) if p.exists() else "missing" for p in paths)] for case, *paths in pairs]
-    key = digest_of(["evaluation", medseg.__version__, labels.model_dump(mode="json"), tolerance_mm, files])
+    asked = [labels.model_dump(mode="json"), settings.model_dump(mode="json"), dataset]
+    key = digest_of(["evaluation", medseg.__version__, *asked, files])
     path = out / "evaluation" / "evaluation.json"
     kept: Evaluation | None = _kept(path, Evaluation, key)
-    return kept or _keep(path, evaluate_cases(pairs, labels, tolerance_mm, progress), key)
+    return kept or _keep(path, evaluate_cases(pairs, labels, settings, dataset, progress), key)
 
 
 def _fold_dice(evaluation: Evaluation, fold: Fold) -> float | None:

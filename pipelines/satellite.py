@@ -31,6 +31,7 @@ import medseg
 from medseg.cli import Device, Overrides, Quiet, Seed, Show, TimeBudget, Verbose, end_script, script_app, train_settings
 from medseg.dataset import Dataset
 from medseg.errors import InputError
+from medseg.evaluate import EvaluateSettings
 from medseg.package import load_package
 from medseg.phantom import write_scenes
 from medseg.pipeline import RunResult, writing_to
@@ -97,7 +98,7 @@ def run_satellite(
         out,
         configuration=RECIPE.configuration,
         train=train,
-        tolerance_mm=RECIPE.tolerance_mm,
+        evaluate=EvaluateSettings(tolerance_mm=RECIPE.tolerance_mm),
         overrides=(*RECIPE.overrides, *overrides),
         progress=progress,
     )

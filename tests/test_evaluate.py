@@ -16,7 +16,7 @@ from dicoms import write_series
 from numpy.typing import NDArray
 
 from medseg.errors import DatasetError, InputError
-from medseg.evaluate import DEFAULT_TOLERANCE_MM, Evaluation, evaluate_cases, evaluate_folders
+from medseg.evaluate import DEFAULT_TOLERANCE_MM, EvaluateSettings, Evaluation, evaluate_cases, evaluate_folders
 from medseg.geometry import Geometry
 from medseg.io import series as io_series
 from medseg.io import write_mask
@@ -255,9 +255,9 @@ def test_two_masks_of_one_name_are_refused(folders: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [-1.0, math.nan, math.inf])
-def test_impossible_tolerance_is_refused(folders: tuple[Path, Path], tolerance: float) -> None:
+def test_impossible_tolerance_is_refused(tolerance: float) -> None:
     with pytest.raises(InputError, match="tolerance_mm"):
-        evaluate_folders(*folders, tolerance_mm=tolerance)
+        EvaluateSettings.checked({"tolerance_mm": tolerance}, "--tolerance-mm")
 
 
 def test_class_that_is_nowhere_has_no_mean(folders: tuple[Path, Path]) -> None:
@@ -270,7 +270,7 @@ def test_class_that_is_nowhere_has_no_mean(folders: tuple[Path, Path]) -> None:
 
 
 def test_record_and_table_are_kept(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    found = evaluate_folders(*folders, labels=LABELS, tolerance_mm=2.5)
+    found = evaluate_folders(*folders, labels=LABELS, settings=EvaluateSettings(tolerance_mm=2.5))
     found.save(tmp_path / "scores.json")
     assert Evaluation.load(tmp_path / "scores.json") == found
     found.save_csv(tmp_path / "scores.csv")

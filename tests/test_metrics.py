@@ -21,6 +21,7 @@ from medseg.metrics import (
     ClassScore,
     InstanceMeans,
     InstanceMeasures,
+    Scoring,
     SurfaceDistances,
     class_dice,
     joint_dice,
@@ -48,7 +49,7 @@ def boxes(shape: tuple[int, int, int], *pieces: tuple[int, tuple[slice, ...]]) -
 
 
 def one(prediction: Mask, reference: Mask, spacing: Spacing = (1.0, 1.0, 1.0), tolerance_mm: float = 1.0) -> ClassScore:
-    (score,) = score_pair(prediction, reference, grid(reference.shape, spacing), ONE, tolerance_mm)
+    (score,) = score_pair(prediction, reference, grid(reference.shape, spacing), Scoring(ONE, tolerance_mm))
     return score
 
 
@@ -193,7 +194,7 @@ def test_empty_reference_is_a_false_positive() -> None:
 
 def test_failure_has_the_worst_scores_and_the_reference_volume() -> None:
     labels = Labels(values={"organ": 1, "other": 2}, regions={"all": (1, 2)})
-    organ, other, both = score_failure(CUBE, grid(CUBE.shape, (2.0, 1.0, 1.0)), labels)
+    organ, other, both = score_failure(CUBE, grid(CUBE.shape, (2.0, 1.0, 1.0)), Scoring(labels, 1.0))
     for score in (organ, other, both):
         assert score.status == "failed"
         assert measures(score) == WORST
@@ -210,7 +211,7 @@ def test_any_integers_and_regions(kind: type) -> None:
     reference = boxes((8, 6, 6), (1, np.s_[2:6, 2:4, 2:4]), (2, np.s_[4:6, 2:4, 2:4]))
     prediction = boxes((8, 6, 6), (2, np.s_[2:6, 2:4, 2:4]), (1, np.s_[4:6, 2:4, 2:4]))  # the two are mixed up
     table = np.array([0, 7, 300], dtype=kind)
-    rim, core, whole = score_pair(table[prediction], table[reference], grid(reference.shape), labels, 1.0)
+    rim, core, whole = score_pair(table[prediction], table[reference], grid(reference.shape), Scoring(labels, 1.0))
     assert [score.name for score in (rim, core, whole)] == ["rim", "core", "whole"]
     assert (rim.dice, core.dice) == (0.0, 0.0)
     assert measures(whole) == (1.0, 1.0, 0.0)
@@ -220,7 +221,7 @@ def test_any_integers_and_regions(kind: type) -> None:
 def test_far_integers_go_the_slow_way(values: tuple[int, int]) -> None:
     table = np.array([0, *values], dtype=np.int32)
     mask = table[boxes((4, 4, 4), (1, np.s_[1:3, 1:3, 1:3]), (2, np.s_[3, 3, 3]))]
-    scores = score_pair(mask, mask, grid(mask.shape), Labels(values={"a": values[0], "b": values[1]}), 1.0)
+    scores = score_pair(mask, mask, grid(mask.shape), Scoring(Labels(values={"a": values[0], "b": values[1]}), 1.0))
     assert [score.dice for score in scores] == [1.0, 1.0]
 
 
@@ -228,23 +229,23 @@ def test_ignored_voxels_are_left_out() -> None:
     labels = Labels(values={"organ": 1}, ignore=9)
     reference = boxes((7, 7, 7), (1, np.s_[2:5, 2:5, 2:5]), (9, np.s_[5:, :, :]))
     prediction = boxes((7, 7, 7), (1, np.s_[2:7, 2:5, 2:5]))  # runs on where no one labelled
-    (score,) = score_pair(prediction, reference, grid(reference.shape), labels, 1.0)
+    (score,) = score_pair(prediction, reference, grid(reference.shape), Scoring(labels, 1.0))
     assert measures(score) == (1.0, 1.0, 0.0)
     assert score.prediction_ml == score.reference_ml
-    (failed,) = score_failure(reference, grid(reference.shape), labels)
+    (failed,) = score_failure(reference, grid(reference.shape), Scoring(labels, 1.0))
     assert failed.reference_ml == score.reference_ml
 
 
 def test_value_without_a_name_is_refused() -> None:
     with pytest.raises(InputError, match=r"pred\.nii: label values \[4\]"):
-        score_pair(CUBE * 4, CUBE, grid(CUBE.shape), ONE, 1.0, "pred.nii")
+        score_pair(CUBE * 4, CUBE, grid(CUBE.shape), Scoring(ONE, 1.0), "pred.nii")
     with pytest.raises(InputError, match=r"reference of pred\.nii: label values \[255\]"):
-        score_pair(CUBE, CUBE * 255, grid(CUBE.shape), ONE, 1.0, "pred.nii")
+        score_pair(CUBE, CUBE * 255, grid(CUBE.shape), Scoring(ONE, 1.0), "pred.nii")
 
 
 def test_other_shape_is_refused() -> None:
     with pytest.raises(GeometryMismatch, match=r"\(7, 7, 6\)"):
-        score_pair(CUBE[:, :, :6], CUBE, grid(CUBE.shape), ONE, 1.0)
+        score_pair(CUBE[:, :, :6], CUBE, grid(CUBE.shape), Scoring(ONE, 1.0))
 
 
 # ---- surface-distance ------------------------------------------------------------------------------------------------
@@ -320,7 +321,8 @@ def test_equals_surface_distance_on_a_real_spine() -> None:
     prediction, reference = (read_mask(real(f"spine_pair/{name}.nii.gz")) for name in ("pred", "ref"))
     labels = Labels(values={str(value): value for value in SPINE})
     near, far = (
-        score_pair(prediction.array, reference.array, reference.geometry, labels, tolerance) for tolerance in (1.0, 3.0)
+        score_pair(prediction.array, reference.array, reference.geometry, Scoring(labels, tolerance))
+        for tolerance in (1.0, 3.0)
     )
     for a, b in zip(near, far, strict=True):
         assert (a.dice, a.nsd, b.nsd, a.hd95_mm) == pytest.approx(SPINE[int(a.name)], abs=1e-6)
@@ -345,7 +347,7 @@ def test_equals_surface_distance_on_a_real_hippocampus(
     mask = read_mask(real("Task04_Hippocampus/labelsTr/hippocampus_003.nii.gz"))
     labels = Labels(values={"Anterior": 1, "Posterior": 2})
     moved = np.roll(mask.array, shift, axis=(0, 1, 2))
-    scores = score_pair(moved, mask.array, mask.geometry, labels, 1.0)
+    scores = score_pair(moved, mask.array, mask.geometry, Scoring(labels, 1.0))
     assert measures(scores[0]) == pytest.approx(anterior, abs=1e-9)
     assert measures(scores[1]) == pytest.approx(posterior, abs=1e-9)
 
@@ -400,7 +402,7 @@ def test_dice_alone_is_that_of_the_scores(seed: int, ignoring: bool) -> None:
     labels = Labels(values={"a": 1, "b": 2, "absent": 9}, ignore=4 if ignoring else None)
     rng = np.random.default_rng(seed)
     prediction, reference = rng.choice([0, 1, 2, 4] if ignoring else [0, 1, 2], (2, 5, 4, 3)).astype(np.uint8)
-    expected = tuple(score.dice for score in score_pair(prediction, reference, grid((5, 4, 3)), labels, 1.0))
+    expected = tuple(score.dice for score in score_pair(prediction, reference, grid((5, 4, 3)), Scoring(labels, 1.0)))
     assert class_dice(prediction, reference, labels) == expected
     assert expected[2] is None
 

@@ -27,6 +27,7 @@ from PIL import Image
 from medseg import patches, pipeline, records, train
 from medseg.dataset import Dataset
 from medseg.errors import DatasetError, InputError, MedsegError, PlanError
+from medseg.evaluate import EvaluateSettings
 from medseg.fingerprint import Fingerprint
 from medseg.io import read_mask, read_volume
 from medseg.networks import ARCHITECTURES
@@ -245,7 +246,7 @@ def test_a_second_run_skips_everything(
         ({"more": ("plan.learning_rate=0.001",)}, {**TRAINED, "infer": 2, "evaluate_cases": 1}),
         ({"more": ("plan.spacing_mm=[3,1.2,1.2]",)}, {"prepare": 6, **TRAINED, "infer": 2, "evaluate_cases": 1}),
         ({"mirror": True}, {"infer": 2, "evaluate_cases": 1}),
-        ({"tolerance_mm": 2.0}, {"evaluate_cases": 1}),
+        ({"evaluate": EvaluateSettings(tolerance_mm=2.0)}, {"evaluate_cases": 1}),
         ({"regions": {"all": (1, 5)}}, {"evaluate_cases": 1}),
     ],
     ids=lambda value: ",".join(value),

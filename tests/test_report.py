@@ -13,7 +13,7 @@ from medseg.errors import InputError
 from medseg.evaluate import CaseScores, ClassSummary, Evaluation, Means, Spread
 from medseg.io import read_mask, write_mask
 from medseg.io.picture import picture_grid
-from medseg.metrics import ClassScore, InstanceScore, score_instances
+from medseg.metrics import MEASURES, ClassScore, InstanceScore, score_instances
 from medseg.postprocess import boundary_classes
 from medseg.report import (
     InstanceResult,
@@ -82,7 +82,16 @@ def test_missing_log_is_refused(tmp_path: Path) -> None:
         save_curve(tmp_path / "log.csv", tmp_path / "curve.png")
 
 
+def spread(mean: float, low: float | None, high: float | None, median: float) -> Spread:
+    return Spread(mean=mean, low=low, high=high, median=median, p25=0.0, p75=0.0, p05=0.0, p95=0.0)
+
+
 def evaluation(reason: str = "") -> Evaluation:
+    spreads = {
+        "dice": spread(0.5, 0.4, 0.61, 0.625),
+        "nsd": spread(0.75, None, None, 0.8),
+        "hd95_mm": spread(3.14159, 1.0, 5.0, 2.0),
+    }
     score = ClassScore(
         name="a|b", status="missed", dice=0.0, nsd=0.0, hd95_mm=9.0, reference_ml=1.0, prediction_ml=None
     )
@@ -94,15 +103,16 @@ def evaluation(reason: str = "") -> Evaluation:
         n_missed=1,
         n_false_positive=2,
         n_failed=3,
-        dice=Spread(mean=0.5, median=0.625),
-        nsd=Spread(mean=0.75, median=0.8),
-        hd95_mm=Spread(mean=3.14159, median=2.0),
+        worst=("case_1",),
+        **{**dict.fromkeys(MEASURES), **spreads},
     )
     absent = scored.model_copy(update={"name": "absent", "n": 0, "dice": None, "nsd": None, "hd95_mm": None})
     return Evaluation(
         labels=Labels(values={"a|b": 1, "absent": 2}),
         tolerance_mm=2.0,
         mean=Means(dice=0.5, nsd=0.75, hd95_mm=3.14159),
+        mean_low=Means(dice=0.4),
+        mean_high=Means(dice=0.61),
         classes=(scored, absent),
         cases=(CaseScores(case="case_1", scores=(score,), reason=reason),),
         unscored={"case_2": "truncated"} if reason else {},
@@ -112,10 +122,10 @@ def evaluation(reason: str = "") -> Evaluation:
 
 def test_score_table() -> None:
     heading, first, second, mean = score_table(evaluation())
-    assert heading[3] == "NSD at 2 mm"
-    assert first == ("a|b", "0.5000", "0.6250", "0.7500", "3.14", "4", "1", "2", "3")
-    assert second[:6] == ("absent", "-", "-", "-", "-", "0")
-    assert mean == ("mean of classes", "0.5000", "", "0.7500", "3.14", "", "", "", "")
+    assert heading[4] == "NSD at 2 mm"
+    assert first == ("a|b", "0.5000", "0.400 to 0.610", "0.6250", "0.7500", "3.14", "4", "2", "1", "2", "3")
+    assert second[:7] == ("absent", "-", "-", "-", "-", "-", "0")
+    assert mean == ("mean of classes", "0.5000", "0.400 to 0.610", "", "0.7500", "3.14", "", "", "", "", "")
 
 
 def test_markdown_names_what_failed() -> None:
@@ -123,7 +133,7 @@ def test_markdown_names_what_failed() -> None:
     assert "| a&#124;b | 0.5000 |" in text
     for line in ("- case_1: there is no prediction", "- case_2: truncated", "- case_9", "surface-distance"):
         assert line in text
-    assert all(line.count("|") == 10 for line in text.splitlines() if line.startswith("|"))
+    assert all(line.count("|") == 12 for line in text.splitlines() if line.startswith("|"))
 
 
 def test_markdown_of_a_clean_evaluation_lists_nothing() -> None:
