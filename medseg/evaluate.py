@@ -47,7 +47,7 @@ from medseg.metrics import (
 )
 from medseg.progress import Progress, silent
 from medseg.records import Record, write_text
-from medseg.terminology import ABNORMAL_STRUCTURE, Coding
+from medseg.terminology import ABNORMAL_STRUCTURE, is_lesion
 from medseg.volume import Labels, Mask
 
 log = logging.getLogger(__name__)
@@ -418,7 +418,7 @@ def _scoring(labels: Labels, settings: EvaluateSettings, dataset: str) -> tuple[
     known = [*labels.names, *labels.regions]
     lesions = settings.lesions
     if lesions is None:
-        lesions = tuple(name for name in labels.names if _is_lesion(labels.coding(name, dataset)))
+        lesions = tuple(name for name in labels.names if _is_lesion(name, labels, dataset))
     if strange := [name for name in lesions if name not in known]:
         raise InputError("lesions", f"there is no class {', '.join(strange)}", ", ".join(known))
     tolerance_mm, source = _tolerance(settings.tolerance_mm, dataset)
@@ -436,8 +436,9 @@ def _tolerance(wanted_mm: float | None, dataset: str) -> tuple[float, str]:
     return DEFAULT_TOLERANCE_MM, "the usual one of medseg, as none was chosen"
 
 
-def _is_lesion(coding: Coding | None) -> bool:
-    return coding is not None and coding.category == ABNORMAL_STRUCTURE
+def _is_lesion(name: str, labels: Labels, dataset: str) -> bool:
+    coding = labels.codings.get(name)
+    return coding.category == ABNORMAL_STRUCTURE if coding else is_lesion(name, dataset)
 
 
 def _in_threads(pairs: Sequence[Pair], scoring: Scoring, progress: Progress) -> list[_Result]:
@@ -670,7 +671,7 @@ def _look_at_voxels(path: Path) -> _Look | None:
         mask = read_mask(path)
     except InputError:
         return None  # listed when the case is scored
-    return _Look(path, mask.labels, frozenset(np.unique(mask.array).tolist()))
+    return _Look(path, mask.labels, frozenset(mask.counts()))
 
 
 def _look_at_names(path: Path) -> _Look | None:

@@ -1,33 +1,24 @@
 """How well a prediction agrees with its reference: overlap, surfaces, volumes, lesions, objects; empty cases defined.
 
-One pass over a pair serves all labels: a joint histogram gives overlaps and volumes, and surfaces are looked at only
-in the box around each structure. Surfaces are those of google-deepmind/surface-distance (Nikolov et al.,
-arXiv:1809.04430): a surface element lies where the eight voxels around a voxel corner are not all alike, has the area
-(in mm^2) of the marching-cubes surface there, and sits on that corner. A picture (K = 1) has a contour instead, of
-elements with a length in mm. The image is taken to be surrounded by background, so that a structure cut by the image
-border has a surface there.
-
-Distances run along the voxel axes with their spacing: on a sheared grid they are approximate.
+One pass over a pair serves all labels: runs of voxels give overlaps, volumes and the box around each structure, and
+surfaces (see ``medseg.surfaces``) are looked at only within that.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 import scipy.ndimage
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial import cKDTree
 
 from medseg.errors import GeometryMismatch
-from medseg.geometry import Box, Float, Geometry
+from medseg.geometry import Box, Geometry
 from medseg.records import Record
+from medseg.surfaces import surface_distances
 from medseg.volume import Labels
 
 Status = Literal["scored", "true_negative", "missed", "false_positive", "failed"]
@@ -82,30 +73,8 @@ DECATHLON = "Antonelli et al. 2022, The Medical Segmentation Decathlon, Nature C
 LESION_IOU = 0.1
 """Overlap from which a lesion counts as found, where none is given: that of nnDetection (Baumgartner et al. 2021)."""
 
-_TOLERANCE_SLACK = 1e-6
-"""Relative slack of tolerance comparisons: a spacing of 0.8 mm kept in 32 bits must not exceed a tolerance of 0.8."""
-
-_SURFELS = {
-    (0,): [(1, 1, 1)],
-    (0, 1): [(4, 4, 0)],
-    (1, 2): [(2, 2, 2)],
-    (3, 4): [(2, 2, 2)],
-    (0, 1, 2): [(3, 3, 3), (4, 0, 0)],
-    (1, 2, 4): [(3, 3, 3)],
-    (0, 3, 4): [(0, 4, 4), (1, 1, 1)],
-    (0, 1, 2, 3): [(8, 0, 0)],
-    (0, 1, 2, 4): [(6, 6, 6)],
-    (0, 1, 3, 4): [(4, 4, 4), (0, 2, 2), (2, 0, 2)],
-    (1, 2, 3, 4): [(4, 4, 4), (4, 0, 0)],
-    (2, 3, 4, 5): [(8, 8, 0)],
-    (0, 3, 5, 6): [(4, 4, 4)],
-}
-"""Marching-cubes surface through a cube of eight voxel centres, by the corners inside (corner 4 i + 2 j + k).
-
-The area vectors of its flat pieces, in eighths of a cube's face, up to signs. All other codes follow by turning,
-mirroring and exchanging inside and outside. Figures: the lookup table of google-deepmind/surface-distance, which has
-these symmetries.
-"""
+_BLOCK = 2**22
+"""Voxels of a pair that are looked at together."""
 
 
 class LesionScore(Record):
@@ -250,22 +219,21 @@ class _Pair:
     """Two masks as indices 0..n, with what one pass over them tells.
 
     ``joint[r, p]`` counts the voxels of reference index r and prediction index p; ``boxes`` holds for each index the
-    box of the reference's and of the prediction's voxels (None where there are none).
+    box around its voxels in either mask (None where there are none).
     """
 
     prediction: NDArray[np.uint8]
     reference: NDArray[np.uint8]
     geometry: Geometry
     joint: NDArray[np.int64]
-    boxes: tuple[list[tuple[slice, ...] | None], list[tuple[slice, ...] | None]]
+    boxes: list[Box | None]
 
     @classmethod
     def of(
         cls, prediction: NDArray[Any], reference: NDArray[Any], geometry: Geometry, labels: Labels, where: object
     ) -> _Pair:
         r, p = _indices(prediction, reference, labels, where)
-        boxes = tuple([None, *scipy.ndimage.find_objects(array, max_label=labels.count - 1)] for array in (r, p))
-        return cls(p, r, geometry, joint_histogram(r, p, labels.count), boxes)  # type: ignore[arg-type]
+        return cls(p, r, geometry, *_overview(r, p, labels.count))
 
     def counts(self, members: tuple[int, ...]) -> tuple[int, int, int]:
         """Voxels of the united indices: of the reference, of the prediction, of both."""
@@ -275,11 +243,12 @@ class _Pair:
 
     def masks(self, members: tuple[int, ...]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Reference and prediction of the united indices, cut to the box around both."""
-        found = [boxes[m] for boxes in self.boxes for m in members]
-        corners = np.array([[(s.start, s.stop) for s in box] for box in found if box is not None])
-        box = Box(tuple(corners[..., 0].min(axis=0)), tuple(corners[..., 1].max(axis=0)))
-        chosen = np.isin(np.arange(len(self.joint)), members)
-        return chosen[self.reference[box.slices]], chosen[self.prediction[box.slices]]
+        found = [box for m in members if (box := self.boxes[m])]
+        start = tuple(map(min, zip(*(box.start for box in found), strict=True)))
+        stop = tuple(map(max, zip(*(box.stop for box in found), strict=True)))
+        both = (array[Box(start, stop).slices] for array in (self.reference, self.prediction))
+        r, p = (np.logical_or.reduce([array == m for m in members]) for array in both)
+        return r, p
 
     def lesions(self, members: tuple[int, ...], iou: float) -> LesionScore:
         """The single lesions of the united indices."""
@@ -295,17 +264,59 @@ def _indices(
     r = labels.to_indices(reference, f"reference of {where}")
     p = labels.to_indices(prediction, where)
     if labels.ignore_index is not None:
-        p[(p == labels.ignore_index) | (r == labels.ignore_index)] = 0
-        r[r == labels.ignore_index] = 0
+        left_out = (p == labels.ignore_index) | (r == labels.ignore_index)
+        r, p = np.where(left_out, np.uint8(0), r), np.where(left_out, np.uint8(0), p)
     return r, p
 
 
 def joint_histogram(first: NDArray[np.uint8], second: NDArray[np.uint8], n: int) -> NDArray[np.int64]:
-    """How many voxels of two masks of indices below n, of two axes or more, have each pair of indices: (n, n)."""
+    """How many voxels of two masks of indices below n, of any shape, have each pair of indices: (n, n)."""
+    return _overview(first, second, n)[0]
+
+
+def _overview(
+    first: NDArray[np.uint8], second: NDArray[np.uint8], n: int
+) -> tuple[NDArray[np.int64], list[Box | None]]:
+    """The joint histogram of two masks of indices below n, and the box around each index in either of them.
+
+    Both are read once, a block after the other, as runs of voxels along a row in which neither changes: of these there
+    are few. Memory: about 30 bytes a voxel of ``_BLOCK``; of masks that are stored in different orders, also copies.
+    """
+    turned = first.flags.f_contiguous and second.flags.f_contiguous  # as NIfTI is read; turned, rows are in one piece
+    a, b = (np.ascontiguousarray(mask.T if turned else mask) for mask in (first, second))
+    width = max(a.shape[-1], 1)
+    a, b, axes = a.reshape(-1, width), b.reshape(-1, width), a.shape[:-1]
     joint = np.zeros(n * n, dtype=np.int64)
-    for a, b in zip(first, second, strict=True):  # slice by slice, as bincount makes 8 bytes of every voxel
-        joint += np.bincount((a * np.uint16(n) + b).ravel(), minlength=n * n)
-    return joint.reshape(n, n)
+    low, high = np.full((len(axes) + 1, n), np.iinfo(np.int64).max), np.zeros((len(axes) + 1, n), np.int64)
+    step = max(1, _BLOCK // width)
+    for row in range(0, len(a), step):
+        starts, stops, pair = _runs(a[row : row + step], b[row : row + step], n)
+        joint += np.bincount(pair, weights=stops - starts, minlength=n * n).astype(np.int64)
+        marked = pair > 0
+        starts, stops, pair = starts[marked], stops[marked], pair[marked]
+        lines = np.unravel_index(row + starts // width, axes) if axes else ()
+        first_of, last_of = (*lines, starts % width), (*lines, (stops - 1) % width)
+        for index in (pair // n, pair % n):
+            for axis, (least, most) in enumerate(zip(first_of, last_of, strict=True)):
+                np.minimum.at(low[axis], index, least)
+                np.maximum.at(high[axis], index, most + 1)
+    if turned:
+        low, high = low[::-1], high[::-1]
+    boxes = [Box(tuple(low[:, i].tolist()), tuple(high[:, i].tolist())) if high[0, i] else None for i in range(n)]
+    return joint.reshape(n, n), boxes
+
+
+def _runs(
+    first: NDArray[np.uint8], second: NDArray[np.uint8], n: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Runs of equal pairs in rows (m, width): where each starts and stops along all rows, and n first + second."""
+    a, b = first.ravel(), second.ravel()
+    begins = np.ones(len(a), dtype=np.bool_)
+    np.not_equal(a[1:], a[:-1], out=begins[1:])
+    begins[1:] |= b[1:] != b[:-1]
+    begins[:: first.shape[1]] = True
+    starts = np.flatnonzero(begins)
+    return starts, np.append(starts[1:], len(a)), a[starts].astype(np.int64) * n + b[starts]
 
 
 def _score(pair: _Pair, name: str, members: tuple[int, ...], scoring: Scoring) -> ClassScore:
@@ -321,7 +332,7 @@ def _score(pair: _Pair, name: str, members: tuple[int, ...], scoring: Scoring) -
     else:
         surfaces = surface_distances(*pair.masks(members), pair.geometry.spacing, flat=pair.geometry.shape[2] == 1)
         nsd, assd_mm = surfaces.nsd(scoring.tolerance_mm), surfaces.mean_mm
-        hd95_mm, hd_mm = surfaces.percentile_mm(95.0), surfaces.percentile_mm(100.0)
+        hd95_mm, hd_mm = surfaces.percentile_mm(95.0), surfaces.largest_mm
     return ClassScore(
         name=name,
         status="scored",
@@ -375,6 +386,8 @@ def score_lesions(reference: NDArray[np.bool_], prediction: NDArray[np.bool_], i
     Returns:
         The counts; of empty masks 0.
     """
+    from scipy.optimize import linear_sum_assignment  # half the time that importing this module would take
+
     pieces_r, pieces_p = (
         scipy.ndimage.label(mask, structure=np.ones((3, 3, 3)))[0] for mask in (reference, prediction)
     )
@@ -383,114 +396,6 @@ def score_lesions(reference: NDArray[np.bool_], prediction: NDArray[np.bool_], i
     rows, columns = linear_sum_assignment(found > iou, maximize=True)
     matches = int(np.count_nonzero(found[rows, columns] > iou))
     return LesionScore(n_reference=len(sizes_r), n_predicted=len(sizes_p), n_found=matches)
-
-
-@dataclass(frozen=True)
-class SurfaceDistances:
-    """Every surface element of two masks: how far it is from the other surface (mm), and how large (mm^2; mm in 2D).
-
-    Measured once; the measures are short readers of it.
-    """
-
-    from_reference_mm: Float
-    reference_areas: Float
-    from_prediction_mm: Float
-    prediction_areas: Float
-
-    def nsd(self, tolerance_mm: float) -> float:
-        """Normalised surface Dice: the part of both surfaces within the tolerance of the other one."""
-        limit = tolerance_mm * (1.0 + _TOLERANCE_SLACK)
-        near = self.reference_areas[self.from_reference_mm <= limit].sum()
-        near += self.prediction_areas[self.from_prediction_mm <= limit].sum()
-        return float(near / (self.reference_areas.sum() + self.prediction_areas.sum()))
-
-    @property
-    def mean_mm(self) -> float:
-        """Mean distance of the elements of both surfaces, weighted by area."""
-        moved = self.from_reference_mm @ self.reference_areas + self.from_prediction_mm @ self.prediction_areas
-        return float(moved / (self.reference_areas.sum() + self.prediction_areas.sum()))
-
-    def percentile_mm(self, percent: float) -> float:
-        """The larger of the two directed percentiles of distance, weighted by area."""
-        return max(
-            _weighted_percentile(self.from_reference_mm, self.reference_areas, percent),
-            _weighted_percentile(self.from_prediction_mm, self.prediction_areas, percent),
-        )
-
-
-def surface_distances(
-    reference: NDArray[np.bool_], prediction: NDArray[np.bool_], spacing_mm: tuple[float, float, float], flat: bool
-) -> SurfaceDistances:
-    """Measure the distances between the surfaces of two masks (I, J, K), neither of them empty.
-
-    Args:
-        reference: cut anywhere outside the structure; background is assumed around it.
-        prediction: the same shape.
-        spacing_mm: distance of voxel centres along each axis.
-        flat: take the single slice as a picture, with a contour rather than a surface.
-    """
-    spacing = np.array([*spacing_mm[:2], 1.0 if flat else spacing_mm[2]])
-    areas = _surfel_areas(spacing)
-    codes = [_neighbour_codes(mask, flat) for mask in (reference, prediction)]
-    surfaces = [(code != 0) & (code != 255) for code in codes]
-    r, p = surfaces
-    return SurfaceDistances(
-        _distances(r, p, spacing), areas[codes[0][r]], _distances(p, r, spacing), areas[codes[1][p]]
-    )
-
-
-def _neighbour_codes(mask: NDArray[np.bool_], flat: bool) -> NDArray[np.uint8]:
-    """For each voxel corner the bits of the eight voxels around it: bit 4 i + 2 j + k.
-
-    A picture is repeated along K instead of surrounded: its contour becomes a wall one unit high, whose area is the
-    contour's length.
-    """
-    padded = np.pad(mask, ((1, 1), (1, 1), (0, 0) if flat else (1, 1))).view(np.uint8)
-    padded = padded.repeat(2, axis=2) if flat else padded
-    code = padded[:, :, :-1] | padded[:, :, 1:] << 1
-    code = code[:, :-1] | code[:, 1:] << 2
-    return np.asarray(code[:-1] | code[1:] << 4)
-
-
-def _distances(surface: NDArray[np.bool_], other: NDArray[np.bool_], spacing: Float) -> Float:
-    """Distance (mm) of each true voxel of ``surface`` from the nearest true voxel of ``other``."""
-    result = np.zeros(np.count_nonzero(surface))
-    apart = ~other[surface]
-    if apart.any():
-        points, targets = (np.argwhere(s) * spacing for s in (surface & ~other, other))
-        tree = cKDTree(targets, balanced_tree=False, compact_nodes=False)  # best on grid points, near and far
-        result[apart] = tree.query(points)[0]
-    return result
-
-
-def _weighted_percentile(distances_mm: Float, areas: Float, percent: float) -> float:
-    """The smallest distance within which ``percent`` of the area lies."""
-    order = np.argsort(distances_mm)
-    area = np.cumsum(areas[order])
-    place = np.searchsorted(area, area[-1] * (percent / 100.0) * (1.0 - 1e-9))  # rounding must not skip an element
-    return float(distances_mm[order[min(int(place), len(order) - 1)]])
-
-
-def _surfel_areas(spacing: Float) -> Float:
-    """Area of the surface element of each of the 256 neighbour codes, for a spacing in mm."""
-    faces = spacing.prod() / spacing
-    return np.asarray(np.linalg.norm(_area_vectors() * faces, axis=-1).sum(axis=-1))
-
-
-@cache
-def _area_vectors() -> Float:
-    """Area vectors (256 codes, 3 pieces, 3 axes) in faces of a cube, up to signs."""
-    corners = np.array(list(itertools.product((0, 1), repeat=3)))
-    weights = np.array([4, 2, 1])
-    table = np.zeros((256, 3, 3))
-    for inside, vectors in _SURFELS.items():
-        for axes in itertools.permutations(range(3)):
-            for flips in corners:
-                turned = (corners[list(inside)] ^ flips)[:, axes] @ weights
-                code = int((1 << turned).sum())
-                for same in (code, 255 - code):
-                    table[same, : len(vectors)] = np.array(vectors)[:, axes] / 8.0
-    return table
 
 
 # ---- single objects --------------------------------------------------------------------------------------------------

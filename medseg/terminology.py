@@ -117,6 +117,15 @@ def coding_of(name: str, dataset: str = "") -> Coding | None:
     return _lesion(words, organ) or _structure(words)
 
 
+def is_lesion(name: str, dataset: str = "") -> bool:
+    """Whether a label is a lesion by its name, as "liver tumour"; arguments as ``coding_of``."""
+    words = _plain(name)
+    if not words.endswith(tuple(_LESIONS)) and words not in {within for _, within in _WITHIN}:
+        return False  # without the context groups, which take a while to load
+    coding = coding_of(name, dataset)
+    return coding is not None and coding.category == ABNORMAL_STRUCTURE
+
+
 def fractions_of(colour: Colour) -> tuple[str, str, str]:
     """A colour as files of Caret and 3D Slicer have it: numbers of 0 to 1, as text."""
     red, green, blue = (f"{part / 255:.6g}" for part in colour)

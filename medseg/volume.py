@@ -114,11 +114,13 @@ class Labels(Record):
         return sorted({int(v) for v in np.unique(array)} - {int(v) for v in self._table})
 
     def to_indices(self, array: NDArray[Any], where: object = "mask") -> NDArray[np.uint8]:
-        """Replace label integers by indices 0..n (0 background), any shape.
+        """Replace label integers by indices 0..n (0 background), any shape; the array itself where it holds these.
 
         Raises:
             InputError: the array holds an integer without a name.
         """
+        if self.are_indices(array):
+            return array
         quick = self._looked_up(array)
         if quick is not None:
             return quick
@@ -127,6 +129,11 @@ class Labels(Record):
         table = self._table
         order = np.argsort(table)
         return order[np.searchsorted(table[order], array)].astype(np.uint8)
+
+    def are_indices(self, array: NDArray[Any]) -> bool:
+        """Whether an array holds the integers of labels that are 1 to n, and background, as bytes."""
+        dense = self.ignore is None and set(self.values.values()) == set(range(1, self.count))
+        return bool(array.dtype == np.uint8 and dense and array.size and array.max() <= len(self.values))
 
     def naming(self, values: Iterable[int]) -> str:
         """What to do about a mask of these values, some of which have no name."""
@@ -231,7 +238,9 @@ class Mask:
             InputError: it has a name that ``labels`` has not, names of the same words, or values that
                 neither names. Labels of which there is no voxel do not matter.
         """
-        there = sorted({0, *self._counts()})
+        if self.labels is None and labels.are_indices(self.array):
+            return replace(self, labels=labels)
+        there = sorted({0, *self.counts()})
         new = self._values_in(labels, there)
         if unknown := sorted({new[value] for value in there} - {0, labels.ignore, *labels.values.values()}):
             raise labels._unnamed(unknown, there, self._where)
@@ -288,13 +297,13 @@ class Mask:
             raise ValueError("a mask without labels has no named volumes")
         voxel = self.geometry.voxel_volume_ml
         groups = {name: (value,) for name, value in self.labels.values.items()} | self.labels.regions
-        counts = self._counts()
+        counts = self.counts()
         return {name: sum(counts[value] for value in values) * voxel for name, values in groups.items()}
 
-    def _counts(self) -> Counter[int]:
+    def counts(self) -> Counter[int]:
         """How often each integer occurs, plane by plane: no second array of the mask's size."""
         counts: Counter[int] = Counter()
-        for plane in self.array:
+        for plane in self.array.T if self.array.flags.f_contiguous else self.array:  # as they lie in memory
             if plane.dtype in (np.uint8, np.uint16):
                 found = np.bincount(plane.ravel())
                 counts.update({int(value): int(found[value]) for value in np.flatnonzero(found)})

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +17,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryMismatch, InputError
-from medseg.geometry import Geometry
+from medseg.geometry import Box, Geometry
 from medseg.io import read_mask
 from medseg.metrics import (
     IOU_THRESHOLDS,
+    MEASURES,
     ClassScore,
     InstanceMeans,
     InstanceMeasures,
+    LesionScore,
     Scoring,
-    SurfaceDistances,
+    _overview,
     class_dice,
     joint_dice,
     score_failure,
     score_instances,
     score_pair,
-    surface_distances,
 )
 from medseg.volume import Labels
 
@@ -99,43 +103,11 @@ def test_two_voxels_apart() -> None:
     assert one(prediction, reference, tolerance_mm=2.0).nsd == pytest.approx(1.0)
 
 
-def test_surface_of_one_voxel() -> None:
-    voxel = np.ones((1, 1, 1), dtype=bool)
-    areas = surface_distances(voxel, voxel, (1.0, 1.0, 1.0), flat=False).reference_areas
-    assert areas == pytest.approx([math.sqrt(3) / 8] * 8)  # triangles through the middles of three edges
-
-
-def test_surface_of_a_cuboid_counts_the_spacing() -> None:
-    # 2x2x2 voxels of 1 x 2 x 3 mm. Of the 27 corners 1 is inside; 6 in the middle of a face carry a whole voxel face;
-    # 12 on an edge carry half the diagonal plane; 8 at a corner carry a triangle.
-    a, b, c = 1.0, 2.0, 3.0
-    faces = 2 * (b * c + a * c + a * b)
-    edges = 4 * (a * math.hypot(b, c) / 2 + b * math.hypot(a, c) / 2 + c * math.hypot(a, b) / 2)
-    triangles = 8 * math.sqrt((b * c) ** 2 + (a * c) ** 2 + (a * b) ** 2) / 8
-    cuboid = np.ones((2, 2, 2), dtype=bool)
-    areas = surface_distances(cuboid, cuboid, (a, b, c), flat=False).reference_areas
-    assert len(areas) == 26
-    assert areas.sum() == pytest.approx(faces + edges + triangles)
-
-
-def test_contour_of_a_square_in_a_picture() -> None:
-    square = np.ones((2, 2, 1), dtype=bool)
-    lengths = surface_distances(square, square, (1.0, 2.0, 9.0), flat=True).reference_areas
-    # Eight points around: two sides of 1 mm, two of 2 mm (each half a pixel short of its corners), four cut corners.
-    assert len(lengths) == 8
-    assert lengths.sum() == pytest.approx(2 * 1 + 2 * 2 + 4 * math.hypot(1, 2) / 2)
-
-
 def test_picture_knows_no_thickness() -> None:
     reference = boxes((8, 8, 1), (1, np.s_[2:5, 2:5]))
     prediction = np.roll(reference, 2, axis=1)
     thin, thick = (one(prediction, reference, (1.0, 1.5, thickness)) for thickness in (0.1, 50.0))
     assert (thin.nsd, thin.hd95_mm) == (thick.nsd, thick.hd95_mm) == (thin.nsd, 3.0)
-
-
-def test_single_slice_of_another_axis_is_a_surface() -> None:
-    sheet = np.ones((1, 2, 2), dtype=bool)
-    assert len(surface_distances(sheet, sheet, (1.0, 1.0, 1.0), flat=False).reference_areas) == 18
 
 
 def test_structure_cut_by_the_image_border_has_a_surface_there() -> None:
@@ -148,19 +120,106 @@ def test_structure_cut_by_the_image_border_has_a_surface_there() -> None:
     )  # of the edges; the corners, sqrt(3) away, are 2 % of the surface
 
 
-def test_percentile_is_weighted_by_area() -> None:
-    exact = np.array([0.0] * 19 + [5.0])
-    apart = SurfaceDistances(exact, np.ones(20), np.zeros(1), np.ones(1))
-    assert apart.percentile_mm(95.0) == 0.0  # 19 of 20 equal elements are 95 %
-    assert apart.percentile_mm(96.0) == 5.0
-    heavy = SurfaceDistances(np.zeros(1), np.ones(1), exact, np.array([1.0] * 19 + [2.0]))
-    assert heavy.percentile_mm(95.0) == 5.0  # the larger direction counts
-
-
 def test_tolerance_bears_a_spacing_kept_in_32_bits() -> None:
     spacing = float(np.float32(0.8))
     assert spacing > 0.8
     assert one(np.roll(CUBE, 1, axis=0), CUBE, (spacing, 1.0, 1.0), tolerance_mm=0.8).nsd == 1.0
+
+
+def test_every_measure_of_a_cube_that_lost_a_slice() -> None:
+    # 27 voxels of 2 mm^3, of which the prediction has 18: a face of the cube has moved inwards by 2 mm.
+    prediction = boxes((7, 7, 7), (1, np.s_[3:5, 2:5, 2:5]))
+    score = one(prediction, CUBE, spacing=(2.0, 1.0, 1.0))
+    assert (score.dice, score.iou) == (2 * 18 / (18 + 27), 18 / 27)
+    assert (score.sensitivity, score.precision) == (18 / 27, 1.0)
+    assert score.hd_mm == score.hd95_mm == 2.0
+    assert score.volume_difference_ml == pytest.approx(-9 * 0.002)
+    assert score.volume_difference_percent == pytest.approx(-100 / 3)
+    # Of the 56 corners on the cube's surface those of the lost face are away: 12 of its rim and the 4 within it, 2 mm;
+    # of the prediction's, the 4 that lay within the cube are sqrt(1) mm from its sides or more.
+    assert 0.0 < score.assd_mm < 1.0  # type: ignore[operator]
+
+
+def test_mean_surface_distance_of_two_voxels() -> None:
+    # As in test_two_voxels_apart: on both sides half of eight equal elements is 1 mm away, half 2 mm.
+    score = one(boxes((5, 3, 3), (1, np.s_[3, 1, 1])), boxes((5, 3, 3), (1, np.s_[1, 1, 1])))
+    assert (score.assd_mm, score.hd_mm) == (pytest.approx(1.5), 2.0)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@given(st.integers(0, 10_000))
+def test_the_overview_is_that_of_plain_counting(order: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, 6, 3))
+    first, second = (np.asarray(rng.integers(0, 3, shape), dtype=np.uint8, order=order) for _ in range(2))  # type: ignore[call-overload]
+    joint, found = _overview(first, second, 4)
+    for a, b in itertools.product(range(4), repeat=2):
+        assert joint[a, b] == ((first == a) & (second == b)).sum()
+    for index in range(1, 4):
+        there = (first == index) | (second == index)
+        assert (found[index] is None) == (not there.any())
+        if found[index] is not None:
+            assert found[index] == Box.around(there)
+
+
+def test_blocks_do_not_change_the_overview(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 3, (2, 9, 8, 7)).astype(np.uint8)
+    joint, found = _overview(first, second, 3)
+    monkeypatch.setattr("medseg.metrics._BLOCK", 20)
+    again, boxes_again = _overview(first, second, 3)
+    assert (joint == again).all()
+    assert found == boxes_again
+
+
+# ---- lesions ---------------------------------------------------------------------------------------------------------
+
+LESIONS = Scoring(ONE, 1.0, lesions=("organ",))
+
+
+def counts(prediction: Mask, reference: Mask, iou: float = 0.1) -> tuple[int, int, int]:
+    (score,) = score_pair(prediction, reference, grid(reference.shape), replace(LESIONS, lesion_iou=iou))
+    assert score.lesions is not None
+    return score.lesions.n_reference, score.lesions.n_predicted, score.lesions.n_found
+
+
+def test_lesions_are_found_missed_and_made_up() -> None:
+    reference = boxes((20, 5, 5), (1, np.s_[0:2, 0:2, 0:2]), (1, np.s_[6:8, 0:2, 0:2]), (1, np.s_[12, 0, 0]))
+    prediction = boxes((20, 5, 5), (1, np.s_[0:2, 0:2, 0:2]), (1, np.s_[12:14, 0:2, 0:2]), (1, np.s_[17, 3, 3]))
+    # The first is found; the second missed; the third, of one voxel, is one of eight: 0.125.
+    assert counts(prediction, reference) == (3, 3, 2)
+    assert counts(prediction, reference, iou=0.125) == (3, 3, 1)  # one of exactly the threshold is none
+    assert counts(prediction, reference, iou=0.0) == (3, 3, 2)
+
+
+def test_one_blob_over_two_lesions_finds_one() -> None:
+    reference = boxes((20, 5, 5), (1, np.s_[0:4, 0:2, 0:2]), (1, np.s_[6:10, 0:2, 0:2]))
+    prediction = boxes((20, 5, 5), (1, np.s_[0:10, 0:2, 0:2]))
+    assert counts(prediction, reference) == (2, 1, 1)
+    assert counts(reference, prediction) == (1, 2, 1)
+
+
+def test_as_many_lesions_are_matched_as_can_be() -> None:
+    # The first prediction overlaps both lesions, the second one only the first lesion: each gets one.
+    reference = boxes((20, 1, 2), (1, np.s_[0:6, 0, 0]), (1, np.s_[8:12, 0, 0]))
+    prediction = boxes((20, 1, 2), (1, np.s_[3:12, 0, 0]), (1, np.s_[0:2, 0, 0]))
+    assert counts(prediction, reference) == (2, 2, 2)
+
+
+def test_pieces_touch_at_corners() -> None:
+    assert counts(CUBE, boxes((7, 7, 7), (1, np.s_[2, 2, 2]), (1, np.s_[3, 3, 3])), iou=0.05) == (1, 1, 1)
+
+
+def test_lesions_of_empty_and_failed_masks() -> None:
+    assert counts(EMPTY, EMPTY) == (0, 0, 0)
+    assert counts(EMPTY, CUBE) == (1, 0, 0)
+    assert counts(CUBE, EMPTY) == (0, 1, 0)
+    (failed,) = score_failure(CUBE, grid(CUBE.shape), LESIONS)
+    assert failed.lesions == LesionScore(n_reference=1, n_predicted=0, n_found=0)
+
+
+def test_lesions_are_counted_where_they_are_asked_for() -> None:
+    assert one(CUBE, CUBE).lesions is None
 
 
 # ---- empty masks -----------------------------------------------------------------------------------------------------
@@ -176,6 +235,7 @@ def measures(score: ClassScore) -> tuple[float | None, float | None, float | Non
 
 def test_both_empty_is_a_true_negative_without_numbers() -> None:
     score = one(EMPTY, EMPTY)
+    assert {getattr(score, measure) for measure in MEASURES} == {None}
     assert (score.status, *measures(score)) == ("true_negative", None, None, None)
     assert score.reference_ml == score.prediction_ml == 0.0
 
@@ -183,12 +243,17 @@ def test_both_empty_is_a_true_negative_without_numbers() -> None:
 def test_empty_prediction_is_missed() -> None:
     score = one(EMPTY, CUBE, (2.0, 1.0, 1.0))
     assert score.status == "missed"
+    assert (score.iou, score.sensitivity, score.precision) == (0.0, 0.0, 0.0)
+    assert score.hd_mm == score.assd_mm == pytest.approx(DIAGONAL)
+    assert (score.volume_difference_ml, score.volume_difference_percent) == (pytest.approx(-0.054), -100.0)
     assert measures(score) == WORST
 
 
 def test_empty_reference_is_a_false_positive() -> None:
     score = one(CUBE, EMPTY, (2.0, 1.0, 1.0))
     assert score.status == "false_positive"
+    assert (score.iou, score.sensitivity, score.precision) == (0.0, 0.0, 0.0)
+    assert (score.volume_difference_ml, score.volume_difference_percent) == (pytest.approx(0.054), None)
     assert measures(score) == WORST
 
 
@@ -200,6 +265,7 @@ def test_failure_has_the_worst_scores_and_the_reference_volume() -> None:
         assert measures(score) == WORST
         assert score.prediction_ml is None
     assert (organ.reference_ml, other.reference_ml, both.reference_ml) == (0.054, 0.0, 0.054)
+    assert [score.volume_difference_percent for score in (organ, other, both)] == [-100.0, None, -100.0]
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -257,22 +323,49 @@ CORNER = ball((0, 0, 0), 9), ball((2, 0, 0), 9)
 
 
 @pytest.mark.parametrize(
-    ("pair", "spacing", "dice", "nsd_1", "nsd_2", "hd95_mm"),
+    ("pair", "spacing", "dice", "nsd_1", "nsd_2", "hd95_mm", "hd_mm", "assd_mm"),
     [
-        (BALLS, FINE, 0.7713310580204779, 0.7225237556544674, 0.9736461894969893, 2.0),
-        (BALLS, COARSE, 0.7713310580204779, 0.6078147583249853, 0.9152791254020933, 2.6925824035672523),
-        (NOISE, FINE, 0.4777327935222672, 0.9995785007328651, 1.0, 0.0),
-        (NOISE, COARSE, 0.4777327935222672, 0.9934714519401482, 1.0, 0.0),
-        (CORNER, FINE, 0.8669064748201439, 0.9260909441098608, 1.0, 1.4142135623730951),
+        (
+            BALLS,
+            FINE,
+            0.7713310580204779,
+            0.7225237556544674,
+            0.9736461894969893,
+            2.0,
+            2.449489742783178,
+            0.7773021939793157,
+        ),
+        (
+            BALLS,
+            COARSE,
+            0.7713310580204779,
+            0.6078147583249853,
+            0.9152791254020933,
+            2.6925824035672523,
+            3.556683848755748,
+            0.8154574119810635,
+        ),
+        (NOISE, FINE, 0.4777327935222672, 0.9995785007328651, 1.0, 0.0, 1.4142135623730951, 0.035702668002140614),
+        (NOISE, COARSE, 0.4777327935222672, 0.9934714519401482, 1.0, 0.0, 1.47648230602334, 0.028011001363384535),
+        (CORNER, FINE, 0.8669064748201439, 0.9260909441098608, 1.0, 1.4142135623730951, 2.0, 0.2985118551484952),
     ],
     ids=["balls", "balls, anisotropic", "noise", "noise, anisotropic", "at the border"],
 )
 def test_equals_surface_distance(
-    pair: tuple[Mask, Mask], spacing: Spacing, dice: float, nsd_1: float, nsd_2: float, hd95_mm: float
+    pair: tuple[Mask, Mask],
+    spacing: Spacing,
+    dice: float,
+    nsd_1: float,
+    nsd_2: float,
+    hd95_mm: float,
+    hd_mm: float,
+    assd_mm: float,
 ) -> None:
-    # Figures: google-deepmind/surface-distance 0.1 on the same masks.
+    # Figures: google-deepmind/surface-distance 0.1 on the same masks; of its two mean distances, which it gives apart,
+    # the mean weighted by the areas of both surfaces.
     near, far = (one(pair[1], pair[0], spacing, tolerance) for tolerance in (1.0, 2.0))
     assert (near.dice, near.nsd, far.nsd, near.hd95_mm) == pytest.approx((dice, nsd_1, nsd_2, hd95_mm), abs=1e-9)
+    assert (near.hd_mm, near.assd_mm) == pytest.approx((hd_mm, assd_mm), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -352,6 +445,147 @@ def test_equals_surface_distance_on_a_real_hippocampus(
     assert measures(scores[1]) == pytest.approx(posterior, abs=1e-9)
 
 
+# ---- other programs --------------------------------------------------------------------------------------------------
+
+
+of_monai = pytest.mark.filterwarnings("ignore:.*always_return_as_numpy")  # what its own functions call
+
+
+def tensors(*found: NDArray[Any]) -> list[Any]:
+    import torch
+
+    return [torch.from_numpy(mask.astype(bool))[None, None] for mask in found]
+
+
+@of_monai
+@pytest.mark.parametrize("spacing", [FINE, COARSE], ids=["isotropic", "anisotropic"])
+@pytest.mark.parametrize("pair", [BALLS, NOISE, CORNER], ids=["balls", "noise", "at the border"])
+def test_equals_monai_where_definitions_agree(pair: tuple[Mask, Mask], spacing: Spacing) -> None:
+    from monai.metrics import compute_dice, compute_iou, compute_surface_dice
+
+    score = one(pair[1], pair[0], spacing)
+    a, b = tensors(pair[1], pair[0])
+    nsd = compute_surface_dice(a, b, [1.0], include_background=True, spacing=spacing, use_subvoxels=True)
+    assert score.dice == pytest.approx(compute_dice(a, b).item(), abs=1e-6)
+    assert score.iou == pytest.approx(compute_iou(a, b).item(), abs=1e-6)
+    assert score.nsd == pytest.approx(nsd.item(), abs=1e-6)
+
+
+@of_monai
+@pytest.mark.parametrize("plane", [np.s_[:, :, 8:9]], ids=["circles"])
+def test_equals_monai_in_pictures(plane: tuple[slice, ...]) -> None:
+    from monai.metrics import compute_dice, compute_surface_dice
+
+    prediction, reference = BALLS[1][plane], BALLS[0][plane]
+    score = one(prediction, reference, COARSE)
+    a, b = tensors(prediction[..., 0], reference[..., 0])
+    nsd = compute_surface_dice(a, b, [1.0], include_background=True, spacing=COARSE[:2], use_subvoxels=True)
+    assert score.dice == pytest.approx(compute_dice(a, b).item(), abs=1e-6)
+    assert score.nsd == pytest.approx(nsd.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("spacing", [FINE, COARSE], ids=["isotropic", "anisotropic"])
+@pytest.mark.parametrize("pair", [BALLS, NOISE, CORNER], ids=["balls", "noise", "at the border"])
+def test_equals_simpleitk_where_definitions_agree(pair: tuple[Mask, Mask], spacing: Spacing) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    score = one(pair[1], pair[0], spacing)
+    overlap = sitk.LabelOverlapMeasuresImageFilter()
+    hausdorff = sitk.HausdorffDistanceImageFilter()
+    images = [sitk.GetImageFromArray(mask.T) for mask in (pair[1], pair[0])]  # the reference is ITK's target
+    for image in images:
+        image.SetSpacing(spacing)
+    overlap.Execute(*images)
+    assert score.dice == pytest.approx(overlap.GetDiceCoefficient(1), abs=1e-6)
+    assert score.iou == pytest.approx(overlap.GetJaccardCoefficient(1), abs=1e-6)
+    assert score.sensitivity == pytest.approx(1.0 - overlap.GetFalseNegativeError(1), abs=1e-6)
+    if spacing == FINE:  # see below for the other
+        hausdorff.Execute(*images)
+        assert score.hd_mm == pytest.approx(hausdorff.GetHausdorffDistance(), abs=1e-6)
+
+
+@of_monai
+def test_monai_counts_voxels_where_nsd_weighs_areas_unless_told() -> None:
+    from monai.metrics import compute_surface_dice
+
+    mask = read_mask(real("spleen_ct/sub-spleen2_ct_seg-manual.nii.gz"))
+    reference = (mask.array > 0).astype(np.uint8)
+    prediction = np.roll(reference, 1, axis=2)  # one slice of 5 mm
+    (ours,) = score_pair(prediction, reference, mask.geometry, Scoring(ONE, 3.0))
+    common = {"include_background": True, "spacing": list(mask.geometry.spacing)}
+    a, b = tensors(prediction, reference)
+    assert compute_surface_dice(a, b, [3.0], use_subvoxels=True, **common).item() == pytest.approx(ours.nsd, abs=1e-6)
+    assert ours.nsd == pytest.approx(0.76846, abs=1e-5)  # as surface-distance
+    assert compute_surface_dice(a, b, [3.0], **common).item() == pytest.approx(0.6226, abs=1e-4)
+
+
+@of_monai
+def test_monai_hd95_is_of_edge_voxels_that_all_count_the_same() -> None:
+    from monai.metrics import compute_hausdorff_distance
+
+    # A plate of 20 x 20 x 2 voxels with a bump of one voxel on it, that the prediction has not: less than 5 % of edge
+    # voxels and area.
+    reference = boxes((24, 24, 6), (1, np.s_[2:22, 2:22, 1:3]), (1, np.s_[10, 10, 3]))
+    prediction = boxes((24, 24, 6), (1, np.s_[2:22, 2:22, 1:3]))
+    score = one(prediction, reference)
+    a, b = tensors(prediction, reference)
+    assert score.hd95_mm == compute_hausdorff_distance(a, b, percentile=95, include_background=True).item() == 0.0
+    assert score.hd_mm == compute_hausdorff_distance(a, b, include_background=True).item() == 1.0
+    # On noise, where elements differ much in area, so do the percentiles.
+    (x, y), (a, b) = NOISE, tensors(NOISE[1], NOISE[0])
+    assert one(y, x, COARSE).hd95_mm == 0.0
+    edges = compute_hausdorff_distance(a, b, percentile=95, include_background=True, spacing=COARSE)
+    assert edges.item() == pytest.approx(1.4)
+
+
+@of_monai
+def test_monai_drops_a_total_miss_from_the_mean_of_hd95() -> None:
+    from monai.metrics import HausdorffDistanceMetric
+
+    metric = HausdorffDistanceMetric(include_background=True, percentile=95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of the empty mask
+        for prediction in (CUBE, EMPTY):
+            metric(*tensors(prediction, CUBE))
+    assert metric.aggregate().item() == 0.0  # of a perfect case and one that was missed
+    assert np.mean([one(prediction, CUBE).hd95_mm for prediction in (CUBE, EMPTY)]) == pytest.approx(
+        math.sqrt(3 * 49) / 2
+    )
+
+
+def test_monai_drops_a_false_positive_on_an_empty_reference_from_the_mean_dice() -> None:
+    from monai.metrics import DiceMetric
+
+    metric = DiceMetric(include_background=True)
+    for prediction, reference in ((CUBE, CUBE), (CUBE, EMPTY)):
+        metric(*tensors(prediction, reference))
+    assert metric.aggregate().item() == 1.0
+    assert np.mean([one(CUBE, reference).dice for reference in (CUBE, EMPTY)]) == 0.5
+
+
+def test_simpleitk_gives_infinity_for_two_empty_masks() -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    overlap = sitk.LabelOverlapMeasuresImageFilter()
+    overlap.Execute(*(sitk.GetImageFromArray(EMPTY) for _ in range(2)))
+    assert not math.isfinite(overlap.GetDiceCoefficient())
+    assert one(EMPTY, EMPTY).status == "true_negative"
+
+
+def test_simpleitk_means_something_else_by_average_distance_and_false_positive_error() -> None:
+    # ITK averages over all voxels of a mask, most of which are inside the other and count as 0; and its false positive
+    # error is relative to the background, however large the image is.
+    sitk = pytest.importorskip("SimpleITK")
+    images = [sitk.GetImageFromArray(mask.T) for mask in (BALLS[1], BALLS[0])]
+    hausdorff, overlap = sitk.HausdorffDistanceImageFilter(), sitk.LabelOverlapMeasuresImageFilter()
+    hausdorff.Execute(*images)
+    overlap.Execute(*images)
+    score = one(BALLS[1], BALLS[0])
+    assert score.assd_mm == pytest.approx(0.7773, abs=1e-4)
+    assert hausdorff.GetAverageHausdorffDistance() == pytest.approx(0.2572, abs=1e-4)
+    wrong = int(((BALLS[1] == 1) & (BALLS[0] == 0)).sum())
+    assert 1.0 - score.precision == pytest.approx(wrong / BALLS[1].sum())  # type: ignore[operator]
+    assert overlap.GetFalsePositiveError(1) == pytest.approx(wrong / (BALLS[0] == 0).sum())
+
+
 # ---- properties ------------------------------------------------------------------------------------------------------
 
 masks = st.binary(min_size=60, max_size=60).map(lambda b: (np.frombuffer(b, np.uint8) % 2).reshape(3, 4, 5))
@@ -372,29 +606,6 @@ def test_turning_the_grid_changes_nothing(a: Mask, b: Mask, axes: list[int], fli
     spacing = tuple(COARSE[axis] for axis in axes)
     other = one(turned(a), turned(b), spacing)  # type: ignore[arg-type]
     assert measures(other) == pytest.approx(measures(one(a, b, COARSE)))
-
-
-@settings(deadline=None, max_examples=25)
-@given(masks, masks)
-def test_distances_equal_the_plain_search(a: Mask, b: Mask) -> None:
-    """Every surface corner against every other one, the slow way."""
-    score = one(a, b, COARSE, tolerance_mm=2.0)
-    if score.status != "scored":
-        return
-    corners = [np.array(list(_surface_corners(mask))) * COARSE for mask in (b, a)]
-    distance = np.linalg.norm(corners[0][:, None] - corners[1][None], axis=-1)
-    surfaces = surface_distances(b.astype(bool), a.astype(bool), COARSE, flat=False)
-    assert np.sort(surfaces.from_reference_mm) == pytest.approx(np.sort(distance.min(axis=1)))
-    assert np.sort(surfaces.from_prediction_mm) == pytest.approx(np.sort(distance.min(axis=0)))
-
-
-def _surface_corners(mask: Mask) -> list[tuple[int, ...]]:
-    padded = np.pad(mask, 1)
-    return [
-        corner
-        for corner in itertools.product(*(range(n + 1) for n in mask.shape))
-        if 0 < padded[tuple(slice(c, c + 2) for c in corner)].sum() < 8
-    ]
 
 
 @given(st.integers(0, 1000), st.booleans())
