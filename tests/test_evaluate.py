@@ -16,7 +16,14 @@ from dicoms import write_series
 from numpy.typing import NDArray
 
 from medseg.errors import DatasetError, InputError
-from medseg.evaluate import DEFAULT_TOLERANCE_MM, EvaluateSettings, Evaluation, evaluate_cases, evaluate_folders
+from medseg.evaluate import (
+    DEFAULT_TOLERANCE_MM,
+    EvaluateSettings,
+    Evaluation,
+    evaluate_cases,
+    evaluate_folders,
+    pairs_of,
+)
 from medseg.geometry import Geometry
 from medseg.io import series as io_series
 from medseg.io import write_mask
@@ -469,3 +476,191 @@ def test_a_segmentation_of_another_image_fails(
         assert liver_dice(found) == pytest.approx(2 * 36 / (36 + 108))
     else:
         assert reason in found.failed["own"]
+
+
+# What the field's tools get wrong, and what a summary carries
+
+
+def test_a_total_miss_costs_what_it_should(tmp_path: Path) -> None:
+    for name, prediction in {"perfect": mask(ORGAN), "missed": mask()}.items():
+        save(tmp_path / "references" / f"{name}.nii.gz", mask(ORGAN))
+        save(tmp_path / "predictions" / f"{name}.nii.gz", prediction)
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    (organ,) = found.classes
+    assert organ.dice is not None
+    assert organ.hd95_mm is not None
+    assert (organ.n, organ.n_missed, organ.dice.mean) == (2, 1, 0.5)
+    assert organ.hd95_mm.mean == pytest.approx(DIAGONAL / 2)
+    assert organ.worst == ("missed", "perfect")
+
+
+def test_a_false_positive_on_an_empty_reference_costs_what_it_should(tmp_path: Path) -> None:
+    for name, reference in {"perfect": mask(ORGAN), "empty": mask()}.items():
+        save(tmp_path / "references" / f"{name}.nii.gz", reference)
+        save(tmp_path / "predictions" / f"{name}.nii.gz", mask(ORGAN))
+    (organ,) = evaluate_folders(tmp_path / "predictions", tmp_path / "references").classes
+    assert organ.dice is not None
+    assert (organ.n, organ.n_empty_reference, organ.n_false_positive, organ.dice.mean) == (2, 1, 1, 0.5)
+
+
+def test_structures_of_one_voxel_and_at_the_border_are_scored(tmp_path: Path) -> None:
+    one, corner = mask((1, np.s_[4, 3, 3])), mask((1, np.s_[:2, :2, :2]))
+    for name, reference, prediction in (
+        ("one", one, np.roll(one, 1, axis=0)),
+        ("corner", corner, mask((1, np.s_[:1, :2, :2]))),
+    ):
+        save(tmp_path / "references" / f"{name}.nii.gz", reference)
+        save(tmp_path / "predictions" / f"{name}.nii.gz", prediction)
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    scores = {case.case: case.scores[0] for case in found.cases}
+    # Beside each other: the four corners between them are shared, the other four are 1 mm away.
+    assert (scores["one"].dice, scores["one"].hd_mm, scores["one"].nsd) == (0.0, 1.0, 1.0)
+    assert (scores["corner"].dice, scores["corner"].hd_mm) == (2 * 4 / 12, 1.0)
+
+
+def test_any_label_integers_and_regions_of_them(tmp_path: Path) -> None:
+    labels = Labels(values={"rim": 7, "core": 300}, regions={"whole": (7, 300)})
+    array = np.zeros(SHAPE, dtype=np.uint16)
+    array[2:5, 2:5, 2:5], array[3, 3, 3] = 7, 300
+    save(tmp_path / "references" / "a.nii.gz", array)  # type: ignore[arg-type]
+    array[3, 3, 3] = 7
+    save(tmp_path / "predictions" / "a.nii.gz", array)  # type: ignore[arg-type]
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references", labels)
+    assert [(c.name, c.dice and c.dice.mean) for c in found.classes] == [
+        ("rim", 2 * 26 / (26 + 27)),
+        ("core", 0.0),
+        ("whole", 1.0),
+    ]
+
+
+def cohort(folder: Path, lost: dict[str, int]) -> None:
+    """Cases whose prediction lacks so many of the 27 voxels."""
+    for case, voxels in lost.items():
+        prediction = mask(ORGAN)
+        prediction[tuple(index[:voxels] for index in np.nonzero(prediction))] = 0
+        save(folder / "references" / f"{case}.nii.gz", mask(ORGAN))
+        save(folder / "predictions" / f"{case}.nii.gz", prediction)
+
+
+def test_a_summary_has_the_spread_the_interval_and_the_worst(tmp_path: Path) -> None:
+    cohort(tmp_path, {"a": 0, "b": 1, "c": 2, "d": 3, "e": 9, "f": 18, "g": 0})
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    (organ,) = found.classes
+    dices = [2 * (27 - n) / (54 - n) for n in (0, 1, 2, 3, 9, 18, 0)]
+    assert organ.dice is not None
+    assert organ.dice.mean == pytest.approx(np.mean(dices))
+    assert (organ.dice.median, organ.dice.p25) == (pytest.approx(dices[2]), pytest.approx(np.percentile(dices, 25)))
+    assert (organ.dice.p05, organ.dice.p95) == (pytest.approx(np.percentile(dices, 5)), pytest.approx(1.0))
+    assert organ.dice.low is not None
+    assert organ.dice.high is not None
+    assert 0.5 < organ.dice.low < organ.dice.mean < organ.dice.high < 1.0
+    assert organ.worst == ("f", "e", "d", "c", "b")
+    assert (found.mean_low.dice, found.mean_high.dice) == (organ.dice.low, organ.dice.high)
+    assert organ.volume_difference_ml is not None
+    assert organ.volume_difference_ml.mean == pytest.approx(-33 / 7 / 1000)
+    again = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    assert again.model_dump() == found.model_dump()  # seeded
+
+
+def test_too_few_cases_have_no_interval(tmp_path: Path) -> None:
+    cohort(tmp_path, {"a": 0, "b": 1})
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    assert found.classes[0].dice is not None
+    assert found.classes[0].dice.low is None
+    assert found.mean_low.dice is None
+
+
+LESION_LABELS = Labels(values={"liver": 1, "liver tumour": 2})
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [(None, ["liver tumour"]), ((), []), (("liver",), ["liver"])],
+    ids=["by what they are", "none", "named"],
+)
+def test_lesions_are_counted_over_the_cases(
+    folders: tuple[Path, Path], asked: tuple[str, ...] | None, expected: list[str], tmp_path: Path
+) -> None:
+    found = evaluate_folders(*folders, LESION_LABELS, EvaluateSettings(lesions=asked))
+    assert [c.name for c in found.classes if c.lesions] == expected
+    found.save_csv(tmp_path / "scores.csv")
+    heading = (tmp_path / "scores.csv").read_text().splitlines()[0]
+    assert ("lesions_found" in heading) == bool(expected)
+    if expected == ["liver tumour"]:
+        lesions = found.classes[1].lesions
+        assert lesions is not None
+        # Found in a; missed in b and in e, which failed; made up in c; d has none.
+        assert (lesions.n_cases, lesions.n_reference, lesions.n_predicted, lesions.n_found) == (5, 3, 2, 1)
+        assert (lesions.sensitivity, lesions.precision, lesions.f1) == (1 / 3, 1 / 2, 2 / 5)
+        assert lesions.false_positives_per_case == 1 / 5
+
+
+def test_lesions_of_an_unknown_class_are_refused(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(InputError, match=r"lesions: there is no class tumor \(expected liver, liver tumour\)"):
+        evaluate_folders(*folders, LESION_LABELS, EvaluateSettings(lesions=("tumor",)))
+
+
+@pytest.mark.parametrize(
+    ("folder", "wanted", "tolerance", "source"),
+    [
+        ("Task03_Liver", None, 7.0, "of Task03_Liver: Antonelli et al. 2022"),
+        ("Dataset008_HepaticVessel", None, 3.0, "of Task08_HepaticVessel"),
+        ("Dataset003_Knee", None, 1.0, "none was chosen"),
+        ("liver", None, 1.0, "none was chosen"),
+        ("Task03_Liver", 2.0, 2.0, "chosen by the user"),
+    ],
+)
+def test_the_tolerance_of_the_decathlon_is_known_and_recorded(
+    folders: tuple[Path, Path], folder: str, wanted: float | None, tolerance: float, source: str
+) -> None:
+    pairs = pairs_of(*folders)
+    found = evaluate_cases(pairs, LABELS, EvaluateSettings(tolerance_mm=wanted), folder)
+    assert found.tolerance_mm == tolerance
+    assert source in found.tolerance_source
+
+
+# Names
+
+
+def renamed(folder: Path, pattern: str) -> Path:
+    for path in sorted(folder.iterdir()):
+        path.rename(folder / pattern.format(path.name.removesuffix(".nii.gz")))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("of_predictions", "of_references"),
+    [
+        ("pred_{}_seg", "{}"),
+        ("{}", "case_{}_label"),
+        ("sub-{}_desc-medseg_dseg", "sub-{}_dseg"),
+    ],
+)
+def test_names_may_differ_by_what_all_have_in_common(
+    tmp_path: Path, of_predictions: str, of_references: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cohort(tmp_path, {"01": 0, "02": 3, "11": 9})
+    predictions = renamed(tmp_path / "predictions", f"{of_predictions}.nii.gz")
+    references = renamed(tmp_path / "references", f"{of_references}.nii.gz")
+    found = evaluate_folders(predictions, references)
+    assert [case.scores[0].dice for case in found.cases] == [2 * (27 - n) / (54 - n) for n in (0, 3, 9)]
+    assert not found.failed
+    how = f"{of_predictions.format('*')} of the predictions is {of_references.format('*')} of the references"
+    assert found.matched == how
+    assert how in caplog.text
+    assert [pair[0] for pair in pairs_of(predictions, references)] == [case.case for case in found.cases]
+
+
+def test_names_are_not_guessed_where_a_prediction_would_be_left_over(tmp_path: Path) -> None:
+    cohort(tmp_path, {"01": 0, "02": 3})
+    renamed(tmp_path / "predictions", "pred_{}.nii.gz")
+    save(tmp_path / "predictions" / "pred_03.nii.gz", mask(ORGAN))
+    with pytest.raises(InputError, match="no mask has the name of a reference"):
+        evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+
+
+def test_names_that_are_the_same_are_not_changed(tmp_path: Path) -> None:
+    cohort(tmp_path, {"pred_01": 0, "pred_02": 3})
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    assert (found.matched, [case.case for case in found.cases]) == ("", ["pred_01", "pred_02"])
+    assert found.predictions == str(tmp_path / "predictions")
