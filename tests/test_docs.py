@@ -26,6 +26,8 @@ from small_datasets import nuclei, picture, save_picture
 from typer.main import get_command
 
 from medseg import cli, networks, pipeline
+from medseg.evaluate import evaluate_folders
+from medseg.geometry import Geometry
 from medseg.io import dicom, is_picture, read_volume, series, suffix_of, write_mask
 from medseg.package import load_package, write_package
 from medseg.pipeline import RunResult
@@ -186,6 +188,9 @@ class Sandbox:
             "nuclei": lambda folder: nuclei(folder.parent),
             "planned": self._write_plan,
             "model folder": write_model_folder,
+            "scores": self._write_scores,
+            "run": lambda folder: shutil.copytree(self.made.out, folder),
+            "mask of a scan": lambda file: self._write_mask(file, read_volume(Path("scan.nii.gz")).geometry),
         }
         if kind in makers:
             makers[kind](path)
@@ -216,9 +221,14 @@ class Sandbox:
             described = {"SeriesDescription": phase}
             write_series(folder / name, image, study_uid="1.2.3", change=lambda data, k, d=described: data.update(d))
 
-    def _write_mask(self, path: Path) -> None:
-        """A mask on the grid of the series that the documents mean."""
-        geometry = dicom.check(series("study", "*portal*"))
+    def _write_scores(self, folder: Path) -> None:
+        """An evaluation of the labels against themselves."""
+        evaluate_folders(self.dataset / "labelsTr", self.dataset).save(folder / "evaluation.json")
+
+    def _write_mask(self, path: Path, geometry: Geometry | None = None) -> None:
+        """A mask on the grid of the series that the documents mean, or on another one."""
+        geometry = geometry or dicom.check(series("study", "*portal*"))
+        path.parent.mkdir(exist_ok=True)
         array = np.zeros(geometry.shape, np.uint8)
         array[4:9, 4:9, 2:5], array[12:14, 4:9, 2:5] = LIVER.values.values()
         write_mask(Mask(array, geometry), path)
@@ -234,16 +244,22 @@ class Sandbox:
         kinds |= {"place": "study" if str(arguments.get("place")) == "study" else "dataset"}
         kinds |= {"reference": "study", "mask": "mask"}
         kinds["folder"] = "model folder" if name == "import_nnunet" else "nuclei"
-        for image in arguments.get("images", ()):
+        for image in arguments.get("images") or ():
             kind = "dataset" if image.endswith(".json") else "study" if image == "study" else "images"
             self.provide(kind, Path(image.replace("*", "patient")))
         if "Task" in str(arguments.get("references", "")):
             kinds["references"] = "dataset"
         if name == "train":
             kinds["out"] = "planned"
-        for argument, kind in kinds.items():
+        if name == "report":
+            kinds["place"] = "run"
+        if name == "preview":
+            kinds |= {"image": "images", "mask": "mask of a scan"}
+        for place in arguments.get("places", ()):
+            self.provide("scores", place)
+        for argument, kind in sorted(kinds.items()):
             if arguments.get(argument) is not None:
-                self.provide(kind, arguments[argument])
+                self.provide(kind, Path(arguments[argument]))
 
     def provide_names(self, code: str) -> None:
         """Put there what the texts in a piece of Python name."""
