@@ -68,10 +68,11 @@ MONAI = _LOOP.format(
     imports="import torch\nfrom monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice",
     body="""
         a, b = (torch.from_numpy(mask)[None, None] for mask in (a, b))
+        common = dict(include_background=True, spacing=spacing)
         rows.append([
             compute_dice(a, b).item(),
-            compute_surface_dice(a, b, [tolerance], include_background=True, spacing=spacing, use_subvoxels=True).item(),
-            compute_hausdorff_distance(a, b, include_background=True, percentile=95, spacing=spacing).item(),
+            compute_surface_dice(a, b, [tolerance], use_subvoxels=True, **common).item(),
+            compute_hausdorff_distance(a, b, percentile=95, **common).item(),
         ])
 """,
 )

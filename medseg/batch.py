@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,8 +82,26 @@ def predict_folder(
     Raises:
         InputError, DatasetError: as ``find_cases``.
     """
-    cases = find_cases(*([places] if isinstance(places, Path | str) else places), progress=progress)
-    return predict_cases(predictor, cases, out, outputs=outputs, shard=shard, overwrite=overwrite, progress=progress)
+    wanted = [places] if isinstance(places, Path | str) else places
+    cases = find_cases(*wanted, progress=progress)
+    return predict_cases(
+        predictor,
+        cases,
+        out,
+        outputs=outputs,
+        shard=shard,
+        overwrite=overwrite,
+        found_at=places_of(wanted),
+        progress=progress,
+    )
+
+
+def places_of(
+    places: Sequence[Path | str], series: Sequence[str] = (), resample_irregular: bool = False
+) -> dict[str, Any]:
+    """What ``find_cases`` was called with, as plain data by which the same cases can be found again later."""
+    inputs = [str(Path(place).absolute()) for place in places]
+    return {"inputs": inputs, "series": list(series), "resample_irregular": resample_irregular}
 
 
 def predict_cases(
@@ -94,6 +112,7 @@ def predict_cases(
     outputs: Outputs = NIFTI,
     shard: Shard | None = None,
     overwrite: bool = False,
+    found_at: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> list[Prediction]:
     """Segment cases into a folder: the mask of each, named by ``mask_names``, ``cases.csv`` and ``run.json``.
@@ -114,6 +133,7 @@ def predict_cases(
         outputs: the formats of the masks.
         shard: which of the cases are this process's; None for all of them.
         overwrite: replace files that are not from here.
+        found_at: where the cases were found (``places_of``), for ``run.json``: a report looks for the images there.
         progress: told how far it is, also within a case.
 
     Returns:
@@ -130,7 +150,7 @@ def predict_cases(
     require_fitting(predictor, cases, outputs)
     out.mkdir(parents=True, exist_ok=True)
     own = shard.share(cases) if shard else list(cases)
-    batch = _Batch(predictor, own, out, outputs, shard, overwrite, progress)
+    batch = _Batch(predictor, own, out, outputs, shard, overwrite, found_at or {}, progress)
     if not all(io.is_picture(case.images[0]) for case in cases):
         batch.write_label_tables()
     return batch.run()
@@ -194,10 +214,11 @@ class _Batch:
         outputs: Outputs,
         shard: Shard | None,
         overwrite: bool,
+        found_at: Mapping[str, Any],
         progress: Progress,
     ) -> None:
         self.predictor, self.cases, self.out, self.outputs, self.shard = predictor, cases, out, outputs, shard
-        self.overwrite, self.progress = overwrite, progress
+        self.overwrite, self.found_at, self.progress = overwrite, found_at, progress
         self.journal = Journal(out, shard)
         self.peaks = PeakMemory()
         self.model = self._model_key()
@@ -489,6 +510,8 @@ class _Batch:
             "threads": torch.get_num_threads(),
             "settings": predictor.settings.model_dump(mode="json"),
             "outputs": self.outputs.model_dump(mode="json"),
+            "labels": labels.model_dump(mode="json"),
+            **self.found_at,
             "shard": f"{self.shard.index}/{self.shard.count}" if self.shard else None,
             "wall_seconds": round(time.monotonic() - self.begun, 1),
         }

@@ -21,8 +21,8 @@ from medseg.geometry import Float
 RESAMPLES = 9_999
 SEED = 0
 CONFIDENCE = 0.95
-FEWEST = 5
-"""With fewer cases there is no interval: resamples of them say next to nothing of others."""
+FEWEST = 10
+"""With fewer cases there is no interval: of five it would hold the truth in 90 % of experiments where 95 are meant."""
 
 _CHUNK = 2**22
 """Numbers drawn at a time."""
@@ -68,38 +68,40 @@ class Resampled:
         return cls(values, _ratio(total, number.astype(np.float64)), np.concatenate(blocks), without)
 
     def interval(self, columns: Sequence[int]) -> Interval | None:
-        """The interval of the mean of some columns' means; None with too few cases (``FEWEST``) in one of them."""
+        """The interval of the mean of some columns' means; None with too few cases (``FEWEST``) in one of them.
+
+        Resamples without any case of a column are left out: they are of another mean.
+        """
         chosen = list(columns)
         counts = np.isfinite(self.values[:, chosen])
         n = int(counts.sum(axis=0).min(initial=len(self.values)))
         if not chosen or n < FEWEST:
             return None
-        at = float(self.means[chosen].mean())
-        resampled = _known_mean(self.of_resamples[:, chosen])
+        resampled = self.of_resamples[:, chosen].mean(axis=1)
         left_out = self.without_one[counts.any(axis=1)][:, chosen].mean(axis=1)
-        return bca(at, resampled[np.isfinite(resampled)], left_out, n)
+        return bca(float(self.means[chosen].mean()), resampled[np.isfinite(resampled)], left_out, n)
 
 
-def bca(at: float, resampled: Float, without_one: Float, n: int, confidence: float = CONFIDENCE) -> Interval:
+def bca(estimate: float, resampled: Float, without_one: Float, n: int, confidence: float = CONFIDENCE) -> Interval:
     """The BCa interval of a statistic (Efron and Tibshirani 1993, 14.3), expanded for ``n`` cases.
 
     Args:
-        at: the statistic of all cases.
+        estimate: the statistic of all cases.
         resampled: that of resamples, one at least.
         without_one: that of all cases but one, one number a case.
         n: how many cases there are, two at least.
         confidence: how often the interval should hold the truth.
 
     Returns:
-        Its ends; both are ``at`` where the cases are all alike.
+        Its ends; both are ``estimate`` where the cases are all alike.
     """
     resampled = np.sort(resampled)
-    below = np.searchsorted(resampled, at, "left") + np.searchsorted(resampled, at, "right")
+    below = np.searchsorted(resampled, estimate, "left") + np.searchsorted(resampled, estimate, "right")
     part = below / (2.0 * len(resampled))  # ties count half
     bias = ndtri(np.clip(part, 1.0 / (len(resampled) + 1), len(resampled) / (len(resampled) + 1)))
-    moved = without_one.mean() - without_one
-    spread = float((moved**2).sum())
-    acceleration = float((moved**3).sum()) / (6.0 * spread**1.5) if spread > 0 else 0.0
+    influence = without_one.mean() - without_one
+    spread = float((influence**2).sum())
+    acceleration = float((influence**3).sum()) / (6.0 * spread**1.5) if spread > 0 else 0.0
     reach = stdtrit(n - 1, 0.5 + confidence / 2.0) * np.sqrt(n / (n - 1.0))
     tails = bias + np.array([-reach, reach])
     low, high = np.quantile(resampled, ndtr(bias + tails / (1.0 - acceleration * tails)))
@@ -114,9 +116,3 @@ def _times(block: NDArray[np.int64], n: int) -> Float:
 
 def _ratio(total: Float, number: Float) -> Float:
     return np.asarray(np.divide(total, number, out=np.full(np.shape(total), np.nan), where=number > 0))
-
-
-def _known_mean(rows: Float) -> Float:
-    """Mean of each row over what is known in it; NaN where nothing is."""
-    known = np.isfinite(rows)
-    return _ratio(np.where(known, rows, 0.0).sum(axis=1), known.sum(axis=1).astype(np.float64))

@@ -147,7 +147,7 @@ def find_masks(place: Path) -> dict[str, Path]:
         InputError: there is none, or two are of one name.
     """
     if place.is_file():
-        return {io.name_of(place): place}
+        return {printable(io.name_of(place)): place}
     if place.is_dir():
         found = sorted(place.iterdir())
     elif _WILD.search(str(place)):
@@ -158,7 +158,7 @@ def find_masks(place: Path) -> dict[str, Path]:
     for path in found:
         if not _is_mask(path):
             continue
-        name = path.name if path.is_dir() else io.name_of(path)
+        name = printable(path.name if path.is_dir() else io.name_of(path))
         if name in masks:
             remedy = "say which with a pattern, as 'masks/*.nii.gz'"
             raise InputError(path, f"and {masks[name].name} are both masks of {name}", "one mask a case", remedy)
@@ -167,6 +167,12 @@ def find_masks(place: Path) -> dict[str, Path]:
         kinds = "files ending in .nii.gz, .nrrd or another known image ending, or DICOM segmentations"
         raise InputError(place, "holds no masks", kinds)
     return masks
+
+
+def printable(name: str) -> str:
+    """A file name as text that can be written: bytes that are no text, and breaks of lines, are spelled out."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c.encode("unicode_escape").decode() if c in "\r\n" else c for c in text)
 
 
 def _globbed(pattern: str) -> tuple[Path, list[Path]]:

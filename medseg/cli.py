@@ -33,8 +33,9 @@ from medseg.errors import InputError, MedsegError, TrainingError
 
 if TYPE_CHECKING:  # the rest is imported by the command that needs it: `medseg --help` stays fast
     from medseg.cases import MaskFormat, Shard
+    from medseg.compare import Comparison
     from medseg.dataset import Case
-    from medseg.evaluate import Evaluation
+    from medseg.evaluate import EvaluateSettings, Evaluation
     from medseg.io.dicom import Scan, Series
     from medseg.pipeline import RunResult
     from medseg.plan import Plan
@@ -121,7 +122,24 @@ Overrides = Annotated[
     list[str], typer.Option("--set", metavar="plan.FIELD=VALUE", help="Change a plan field; may be repeated.")
 ]
 SkipBadCases = Annotated[bool, typer.Option("--skip-bad-cases", help="Go on without unusable cases.")]
-Tolerance = Annotated[float, typer.Option(metavar="MM", help="Surface distance, mm, that NSD lets pass.", min=0.0)]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MM",
+        help="Surface distance, mm, that NSD lets pass.",
+        min=0.0,
+        show_default="the Decathlon's for its tasks, else 1",
+    ),
+]
+Lesions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CLASS,...|none", help="Count the single lesions of these.", show_default="tumours and other lesions"
+    ),
+]
+LesionIou = Annotated[
+    float, typer.Option(metavar="IOU", help="Overlap above which a lesion counts as found.", min=0.0, max=0.99)
+]
 LabelsFrom = Annotated[
     Path | None,
     typer.Option(
@@ -149,6 +167,9 @@ AllowUncoded = Annotated[
 ]
 Mirror = Annotated[
     bool, typer.Option("--mirror", help="Average over mirrored images: two to eight times the time, a little better.")
+]
+WithReport = Annotated[
+    bool, typer.Option("--report", help="Show it all in report.html too, with pictures of the cases.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, and show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors and results.")]
@@ -312,16 +333,20 @@ def run(
     memory_budget: MemoryBudget = "8GB",
     recipe: RecipeName = None,
     overrides: Overrides = [],  # noqa: B006 - Typer needs a list, and copies it
-    tolerance_mm: Tolerance = 1.0,
+    tolerance_mm: Tolerance = None,
+    lesions: Lesions = None,
+    lesion_iou: LesionIou = 0.1,
     mirror: Mirror = False,
     skip_bad_cases: SkipBadCases = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """From a dataset to a trained model, masks and scores.
 
     Checks the data, plans, prepares, trains, packages, predicts the cases that each fold did not train on, and scores
-    them. Run it again to go on after an interruption: what is done and still valid is skipped.
+    them. It ends with report.html, which shows it all, and pictures of the cases. Run it again to go on after an
+    interruption: what is done and still valid is skipped.
     """
     from medseg.recipe import settings_of
 
@@ -345,10 +370,11 @@ def run(
         folds=_folds(folds),
         train=training,
         memory_budget_mb=_megabytes(memory_budget),
-        tolerance_mm=tolerance_mm,
+        evaluate=_evaluate_settings(tolerance_mm, lesions, lesion_iou),
         overrides=[*settings_of(recipe), *overrides],
         mirror=mirror,
         skip_bad_cases=skip_bad_cases,
+        report=not no_report,
     )
 
 
@@ -385,7 +411,7 @@ def recipe_app(recipe: Recipe) -> typer.Typer:
                 time_budget=time_budget, epochs=epochs, iterations=iterations, device=device, seed=seed
             ),
             memory_budget_mb=_megabytes(memory_budget),
-            tolerance_mm=recipe.tolerance_mm,
+            evaluate=_evaluate_settings(recipe.tolerance_mm),
             regions=recipe.regions,
             overrides=[*recipe.overrides, *overrides],
             skip_bad_cases=skip_bad_cases,
@@ -656,6 +682,7 @@ def predict(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace masks that medseg did not write, or that were edited since.")
     ] = False,
+    report: WithReport = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -672,7 +699,7 @@ def predict(
     Exit code 3 when cases failed; the reasons are in cases.csv. Several processes may share a list and a folder as
     shards; in a Slurm array each job takes its own.
     """
-    from medseg.batch import Outputs, predict_cases, require_fitting
+    from medseg.batch import Outputs, places_of, predict_cases, require_fitting
     from medseg.cases import find_cases, require_apart
     from medseg.folder import writing_to
     from medseg.io import suffix_of
@@ -699,7 +726,16 @@ def predict(
     )
     require_fitting(predictor, cases, outputs)
     with writing_to(out, part), Show(quiet) as show:
-        results = predict_cases(predictor, cases, out, outputs=outputs, shard=part, overwrite=overwrite, progress=show)
+        results = predict_cases(
+            predictor,
+            cases,
+            out,
+            outputs=outputs,
+            shard=part,
+            overwrite=overwrite,
+            found_at=places_of(images, series, resample_irregular),
+            progress=show,
+        )
     output = _console(stderr=False)
     failed = [result for result in results if result.status == "failed"]
     kept = sum(result.status == "kept" for result in results)
@@ -707,6 +743,9 @@ def predict(
     output.print(escape(f"{masks} in {out} ({kept} kept from before), {len(failed)} failed"))
     if failed:  # each was told when it happened
         output.print(escape(f"reasons: {out / f'cases{part.suffix if part else str()}.csv'}"))
+    if report:
+        _write_report(out, quiet)
+    if failed:
         raise typer.Exit(3)
 
 
@@ -809,11 +848,14 @@ def evaluate(
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder for scores.csv and evaluation.json.")
     ],
-    tolerance_mm: Tolerance = 1.0,
+    tolerance_mm: Tolerance = None,
+    lesions: Lesions = None,
+    lesion_iou: LesionIou = 0.1,
     labels: LabelsFrom = None,
     only_predicted: Annotated[
         bool, typer.Option("--only-predicted", help="Leave out references without a mask: they count as 0 otherwise.")
     ] = False,
+    report: WithReport = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -828,16 +870,112 @@ def evaluate(
 
     for file in ("scores.csv", "evaluation.json"):
         require_writable(out / file)
-    names = _labels(labels)
+    names, settings = _labels(labels), _evaluate_settings(tolerance_mm, lesions, lesion_iou)
     with Show(quiet) as show:
         result = evaluate_folders(
-            predictions, references, names, tolerance_mm, only_predicted=only_predicted, progress=show
+            predictions, references, names, settings, only_predicted=only_predicted, progress=show
         )
     result.save(out / "evaluation.json")
     result.save_csv(out / "scores.csv")
     _print_scores(result)
     _console(stderr=False).print(f"scores: {out / 'scores.csv'}")
+    if report:
+        _write_report(out, quiet)
     _end_with(result)
+
+
+@app.command(
+    epilog=_examples(
+        "medseg compare baseline-scores new-scores              # output folders of `medseg evaluate`",
+        "medseg compare medseg-Task04_Hippocampus classic wide -o comparison     # and of `medseg run`",
+        "medseg compare baseline-scores new-scores --measure nsd",
+    )
+)
+@as_command
+def compare(
+    places: Annotated[
+        list[Path], typer.Argument(metavar="A B [C...]", help="Output folders of evaluate or run, or evaluation.json.")
+    ],
+    measure: Annotated[
+        Literal["dice", "nsd", "hd95_mm", "iou", "sensitivity", "precision", "hd_mm", "assd_mm"],
+        typer.Option(help="What is compared; choose it before looking."),
+    ] = "dice",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Folder for comparison.json and values.csv."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which of several methods is better, with the evidence.
+
+    Takes evaluations with the same references and pairs their cases: mean difference with its bootstrap interval,
+    Wilcoxon test with Holm's correction, probability of improvement, wins and losses, and how stable the ranking is.
+    "No evidence of a difference" does not say that there is none.
+    """
+    from medseg.compare import compare as compare_evaluations
+    from medseg.compare import load_evaluation
+    from medseg.folder import require_writable
+
+    for file in ("comparison.json", "values.csv"):
+        if out:
+            require_writable(out / file)
+    if len({place.resolve() for place in places}) < len(places):
+        raise InputError("compare", "the same place is named twice", "different evaluations")
+    short = [place.resolve().name for place in places]
+    names = short if len(set(short)) == len(places) else [str(place) for place in places]
+    found = compare_evaluations(
+        {name: load_evaluation(place) for name, place in zip(names, places, strict=True)}, measure
+    )
+    if out:
+        found.save(out / "comparison.json")
+        found.save_csv(out / "values.csv")
+    if as_json:
+        print(found.model_dump_json(indent=2))
+    else:
+        _print_comparison(found)
+
+
+@app.command(
+    epilog=_examples(
+        "medseg report medseg-Task04_Hippocampus                         # of a run, again",
+        "medseg report masks -o masks.html                               # of predictions",
+        "medseg report scores --images Task04_Hippocampus                # of an evaluation",
+    )
+)
+@as_command
+def report(
+    place: Annotated[
+        Path, typer.Argument(metavar="PLACE", help="Output folder of `medseg run`, `predict` or `evaluate`.")
+    ],
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGES",
+            help="Images of the cases: a folder, 'pattern', dataset, list or DICOM.",
+            show_default="where they were",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Page.", show_default="PLACE/report.html")
+    ] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what was found as one HTML page.
+
+    Scores with their intervals, every case, pictures of the worst ones and a viewer of their slices, training, plan and
+    settings, in one file that opens from disk and asks no network for anything. Image data of the cases are inside it:
+    share it as you would share the images.
+    """
+    from medseg.folder import require_writable
+    from medseg.report import write_report
+
+    require_writable(out or place / "report.html")
+    with Show(quiet, brief_s=1.0) as show:
+        page = write_report(place, out, images, show)
+    _console(stderr=False).print(escape(f"report: {page}"))
 
 
 @app.command(
@@ -947,31 +1085,73 @@ def stats(
         raise typer.Exit(3)
 
 
-@app.command(epilog=_examples("medseg download Task04 -o data"))
+@app.command(
+    epilog=_examples(
+        "medseg preview scan.nii.gz mask.nii.gz -o case.png",
+        "medseg preview scan.nii.gz mask.nii.gz --reference truth.nii.gz -o case.png   # where they differ most",
+        "medseg preview study liver.dcm --series '*portal*' -o liver.png",
+    )
+)
 @as_command
-def download(
-    task: Annotated[str, typer.Argument(metavar="TASK", help="A Decathlon task: Task04, Task04_Hippocampus.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Folder to put it in.")] = Path("data"),
+def preview(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image, or folder or zip of DICOM.")],
+    mask: Annotated[Path, typer.Argument(metavar="MASK", help="Mask; of DICOM SEG also its folder or zip.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Picture to write, a .png.")],
+    reference: Annotated[
+        Path | None, typer.Option(metavar="MASK", help="Mask to compare with: solid lines, MASK in dashes.")
+    ] = None,
+    labels: LabelsFrom = None,
+    series: SeriesOfChannels = [],  # noqa: B006 - Typer needs a list, and copies it
+    resample_irregular: ResampleIrregular = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Download a task of the Medical Segmentation Decathlon.
+    """Draw the outlines of a mask on its image, in three planes.
 
-    Verified by its checksum; the same command goes on after an interruption. Prints the dataset folder.
+    Axial, coronal and sagittal, the patient's right on the left, through the slices with the most voxels marked, or in
+    which the mask differs most from the reference. Nothing is resampled: a mask of another grid is refused.
     """
-    from medseg.download import download_task
+    from medseg.report.planes import save_preview
 
+    save_preview(image, mask, out, reference, _labels(labels), series=series, resample_irregular=resample_irregular)
+    _console(stderr=False).print(escape(f"picture: {out}"))
+
+
+@app.command(epilog=_examples("medseg download Task04 -o data", "medseg download viewer    # for 3-D views in reports"))
+@as_command
+def download(
+    task: Annotated[
+        str,
+        typer.Argument(metavar="TASK|viewer", help="A Decathlon task: Task04, Task04_Hippocampus; or the 3-D viewer."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FOLDER", help="Folder to put a task in.", show_default="data"),
+    ] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Download a Decathlon task, or the 3-D viewer of reports.
+
+    Verified by its checksum; the same command goes on after an interruption. Prints the dataset folder, or the viewer's
+    file, which is kept in the user's data folder.
+    """
+    from medseg.download import download_task, download_viewer
+
+    if task == "viewer" and out:
+        raise InputError("--out", f"is {out}", "none: the viewer is kept in the user's data folder")
     with Show(quiet) as show:
-        folder = download_task(task, out, show)
-    _console(stderr=False).print(str(folder))
+        place = download_viewer(show) if task == "viewer" else download_task(task, out or Path("data"), show)
+    _console(stderr=False).print(str(place))
 
 
 @app.command(epilog=_examples("medseg doctor"))
 @as_command
 def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
-    """Say what is installed, which device is used, what is missing."""
+    """Say what is installed, what is missing, which device is used."""
     import importlib.util
 
+    from medseg.download import viewer_file
     from medseg.io.dicom.pixels import decoders
     from medseg.journal import versions
 
@@ -991,6 +1171,8 @@ def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
         output.print(
             f"{module}: " + ("installed" if found else escape(f"missing, for {use}: pip install 'medseg[{extra}]'"))
         )
+    how = "not downloaded; for 3-D views in reports: medseg download viewer"
+    output.print(f"NiiVue: {'downloaded' if viewer_file() else how}")
     for syntax, missing in decoders().items():
         output.print(escape(f"DICOM {syntax}: {missing or 'can be read'}"))
 
@@ -1056,6 +1238,19 @@ def _end_with(evaluation: Evaluation) -> None:
         raise typer.Exit(3)
 
 
+def _write_report(place: Path, quiet: bool) -> None:
+    """Write the page of what a command has just made, which a failure here does not undo."""
+    from medseg.report import write_report
+
+    try:
+        with Show(quiet, brief_s=1.0) as show:
+            page = write_report(place, progress=show)
+    except Exception as failure:  # noqa: BLE001 - the masks and scores are there, and the exit code is about them
+        _console(stderr=True).print(escape(f"the report could not be written: {failure}"), style="yellow")
+    else:
+        _console(stderr=False).print(escape(f"report: {page}"))
+
+
 def _labels(place: Path | None) -> Labels | None:
     from medseg.convert import labels_at
 
@@ -1085,11 +1280,11 @@ def _print_run(result: RunResult) -> None:
 
 
 def _print_scores(evaluation: Evaluation) -> None:
-    from medseg.report import score_table
+    from medseg.report import lesion_table, score_table
 
-    header, *rows = score_table(evaluation)
     output = _console(stderr=False)
-    _table(output, header, rows)
+    for header, *rows in filter(None, (score_table(evaluation), lesion_table(evaluation))):
+        _table(output, header, rows)
     for case, reason in evaluation.failed.items():
         output.print(escape(f"failed, counted as 0: {case}: {reason}"))
     for case, reason in evaluation.unscored.items():
@@ -1098,6 +1293,45 @@ def _print_scores(evaluation: Evaluation) -> None:
         output.print(escape(f"masks without a reference: {', '.join(evaluation.extra)}"))
     if evaluation.left_out:
         output.print(escape(f"labels of the masks that are not scored: {', '.join(evaluation.left_out)}"))
+
+
+def _print_comparison(found: Comparison) -> None:
+    output = _console(stderr=False)
+    header = ("rank", "method", f"mean {found.measure}", "95 % interval", "first in", "failed cases")
+    rows = [
+        (str(m.rank), m.name, f"{m.mean:.4f}", _interval(m.low, m.high), f"{m.ranks[0]:.0%}", str(m.n_failed))
+        for m in found.methods
+    ]
+    _table(output, header, rows)
+    columns = ("class", "second - first", "difference", "95 % interval", "p (Holm)", "P(better)", "win/tie/loss", "")
+    differences = [
+        (
+            one.structure,
+            f"{one.second} - {one.first}",
+            f"{one.difference:+.4f}",
+            _interval(one.low, one.high, "+.4f"),
+            f"{one.p_holm:.2g}",
+            f"{one.probability:.2f}",
+            f"{one.wins}/{one.ties}/{one.losses}",
+            one.verdict,
+        )
+        for one in found.differences
+    ]
+    output.print()
+    _table(output, columns, differences)
+    output.print()
+    if found.left_out:
+        output.print(escape(f"left out, as not every method has them: {', '.join(found.left_out)}"))
+    if found.left_out_classes:
+        output.print(escape(f"classes left out, as not every method has them: {', '.join(found.left_out_classes)}"))
+    cases = _count(len(found.cases), "case")
+    output.print(f"{cases}; rank correlation of resamples (Kendall's tau) {found.kendall_tau:.2f}")
+    for sentence in found.sentences:
+        output.print(escape(sentence))
+
+
+def _interval(low: float | None, high: float | None, form: str = ".4f") -> str:
+    return "too few cases" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
 def _print_plan(made: Plan, target: Path) -> None:
@@ -1255,6 +1489,17 @@ def train_settings(
         raise InputError(" and ".join(given), "both say how long to train", "one of them")
     seconds = seconds_of(time_budget) if time_budget else None
     return TrainSettings(time_budget_s=seconds, epochs=epochs, iterations=iterations, **choices)
+
+
+def _evaluate_settings(
+    tolerance_mm: float | None, lesions: str | None = None, lesion_iou: float = 0.1
+) -> EvaluateSettings:
+    """Settings of the scores from a command's options."""
+    from medseg.evaluate import EvaluateSettings
+
+    named = None if lesions is None else () if lesions == "none" else _words(lesions)
+    chosen = {"tolerance_mm": tolerance_mm, "lesions": named, "lesion_iou": lesion_iou}
+    return EvaluateSettings.checked(chosen, "--tolerance-mm, --lesions, --lesion-iou")
 
 
 def _folds(text: str) -> tuple[int, ...] | None:

@@ -2,8 +2,9 @@
 
 Cases are paired. Of each pair of methods the mean difference has a bootstrap interval, and a Wilcoxon signed-rank test;
 its p values are corrected by Holm over all pairs, once for the mean of the classes, which is the verdict, and once for
-the classes by themselves. A method is called better where both the corrected p is below 0.05 and the interval lies on
-one side of 0; elsewhere there is no evidence of difference, which is not evidence that there is none.
+the classes and regions by themselves. A method is called better where the corrected p is below 0.05, the interval lies
+on one side of 0, and most of what differs goes the same way; elsewhere there is no evidence of difference, which is not
+evidence that there is none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -22,26 +23,30 @@ from medseg import bootstrap
 from medseg.errors import InputError
 from medseg.evaluate import Evaluation
 from medseg.geometry import Float
-from medseg.metrics import DISTANCES, ClassScore
+from medseg.metrics import DISTANCES, MEASURES, ClassScore
 from medseg.records import Record, write_text
 
-Measure = Literal["dice", "nsd", "hd95_mm", "iou", "sensitivity", "precision", "hd_mm", "assd_mm"]
-Verdict = Literal["better", "worse", "no evidence of difference"]
+Verdict = Literal["better", "worse", "no evidence of difference", "mean and cases disagree"]
+
+COMPARABLE = tuple(measure for measure in MEASURES if not measure.startswith("volume"))
+"""The measures that are better in one direction."""
 
 OVERALL = "mean of classes"
 ALPHA = 0.05
 
 DEFINITIONS = {
-    "value": "of a case and class the measure; of a case its mean over the classes that a method or the reference has",
-    "both empty": "a class that neither the reference nor any method has in a case does not count there; where another "
-    "method finds it wrongly, not finding it counts as perfect",
-    "difference": "second minus first, mean over the cases",
+    "mean": "over the cases of each class, then over the classes, as in an evaluation",
+    "difference": "second minus first, likewise",
+    "both empty": "a class that neither the reference nor the two methods have in a case does not count there; where "
+    "one of them finds it wrongly, the other, which does not, counts as perfect",
     "low, high": "95 % interval of the difference, by bootstrap of the cases (medseg.bootstrap)",
-    "p": "Wilcoxon signed-rank test of the differences, two-sided; 1 where all are 0",
-    "p_holm": "corrected by Holm over all pairs of methods, of the classes over all pairs and classes",
+    "p": "Wilcoxon signed-rank test of the differences of the cases (for the mean of classes: of each case's mean over "
+    "its classes), two-sided, rounded to nine digits; 1 where all are 0",
+    "p_holm": "corrected by Holm over all pairs of methods; of classes and regions over all pairs and all of them",
     "probability": "part of the cases in which the second is better, ties half",
     "wins, ties, losses": "cases in which the second is better, alike (within 1e-9), worse",
-    "verdict": f"better or worse (the second than the first) where p_holm < {ALPHA} and the interval is without 0",
+    "verdict": f"better or worse (the second than the first) where p_holm < {ALPHA} and the interval is without 0; if "
+    "then the signed ranks point the other way than the mean, the two disagree",
     "ranks": "parts of the resamples in which a method has each rank, from the first on; equal ones share it",
     "kendall_tau": "mean rank correlation of the resamples with all cases: 1 where the order never changes",
 }
@@ -66,7 +71,7 @@ class Ranked(Record):
 
 
 class Difference(Record):
-    """How two methods differ in one class, or in the mean of the classes; see ``DEFINITIONS``."""
+    """How two methods differ in one class or region, or in the mean of the classes; see ``DEFINITIONS``."""
 
     structure: str
     first: str
@@ -93,36 +98,39 @@ class Comparison(Record):
         measure: that was compared.
         tolerance_mm: of NSD.
         definitions: of every number.
+        names: of the methods, in the order in which they were given.
         cases: ids that all methods have.
         left_out: ids that some method has not.
-        classes: that all methods have.
+        classes, regions: that all methods have, by the names that the first gives them.
+        left_out_classes: classes and regions that some method has not.
         methods: by rank.
         kendall_tau: how stable the ranking is.
-        differences: one a pair of methods for the mean of the classes, then one a class and pair.
-        values: of each case and class (and the mean of the classes), one a method in the order in which they were
-            given; None where the class does not count.
+        differences: one a pair of methods for the mean of the classes, then one a class or region and pair.
+        values: structure -> case -> the measure, one a method; None where both masks are empty.
     """
 
-    measure: Measure
+    measure: str
     tolerance_mm: float
     definitions: dict[str, str] = DEFINITIONS
-    cases: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
-    classes: tuple[str, ...]
     names: tuple[str, ...]
+    cases: tuple[str, ...]
+    left_out: tuple[str, ...]
+    classes: tuple[str, ...]
+    regions: tuple[str, ...]
+    left_out_classes: tuple[str, ...]
     methods: tuple[Ranked, ...]
     kendall_tau: float
     differences: tuple[Difference, ...]
     values: dict[str, dict[str, tuple[float | None, ...]]]
 
     def save_csv(self, path: Path) -> None:
-        """Write one row a case and class with the value of each method, atomically."""
+        """Write one row a case and class or region with the value of each method, atomically."""
         text = text_io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["case", "class", *self.names])
         for case in self.cases:
-            for structure in (OVERALL, *self.classes):
-                writer.writerow([case, structure, *self.values[structure][case]])
+            for structure, values in self.values.items():
+                writer.writerow([case, structure, *values[case]])
         write_text(path, text.getvalue())
 
     @property
@@ -145,46 +153,54 @@ def load_evaluation(place: Path) -> Evaluation:
     raise InputError(place, found, "the output folder of `medseg evaluate` or `medseg run`", remedy)
 
 
-def compare(evaluations: Mapping[str, Evaluation], measure: Measure = "dice") -> Comparison:
-    """Compare methods on the cases and classes that all of them were scored on.
+def compare(evaluations: Mapping[str, Evaluation], measure: str = "dice") -> Comparison:
+    """Compare methods on the cases, classes and regions that all of them were scored on.
 
     Args:
-        evaluations: two at least, by the name of the method.
-        measure: one, chosen before looking: with each further one something differs by chance.
+        evaluations: two at least, by the name of the method. Labels are matched as ``Labels.like`` does.
+        measure: one of ``COMPARABLE``, chosen before looking: of several measures one soon differs by chance.
 
     Raises:
-        InputError: fewer than two, no case or class in common, other references, or NSD of other tolerances.
+        InputError: fewer than two, an unknown measure, no case or class in common or none that counts, other
+            references, or NSD of other tolerances.
     """
     names = tuple(evaluations)
     if len(names) < 2:
         raise InputError("compare", f"{len(names)} evaluation", "two at least")
-    first = evaluations[names[0]]
-    scores = {name: _by_case(evaluation) for name, evaluation in evaluations.items()}
+    if measure not in COMPARABLE:
+        raise InputError("compare", f"{measure!r} is no measure to compare by", ", ".join(COMPARABLE))
+    shared = _shared_structures(evaluations)
+    scores = {name: _by_case(evaluations[name], {new: own[name] for new, own in shared.items()}) for name in names}
     cases = [case for case in scores[names[0]] if all(case in scores[name] for name in names)]
-    classes = [c for c in first.labels.names if all(c in evaluations[other].labels.values for other in names)]
+    classes = [name for name in evaluations[names[0]].labels.names if name in shared]
     if not cases or not classes:
-        what = "case" if not cases else "class"
+        what = "class" if cases else "case"
         raise InputError(names[1], f"has no {what} in common with {names[0]}", "evaluations of the same references")
-    _require_alike(evaluations, scores, cases, classes, measure)
-    every = {case for name in names for case in scores[name]}
+    _require_alike(evaluations, scores, cases, measure)
     values = {
-        name: np.array([_values([scores[m][c][name] for m in names], measure) for c in cases]) for name in classes
+        name: np.array([[_number(scores[m][case][name], measure) for m in names] for case in cases]) for name in shared
     }
-    values = {OVERALL: _mean_known(np.stack(list(values.values()))), **values}
-    if not np.isfinite(values[OVERALL]).any():
+    differences = [
+        [*_pair_differences(values, classes, names, pair, measure)] for pair in combinations(range(len(names)), 2)
+    ]
+    if not differences[0]:
         raise InputError("compare", "no class counts in any case: all are empty", "cases with a class")
-    overall = _corrected(_differences({OVERALL: values[OVERALL]}, names, measure))
-    alone = _corrected(_differences({name: values[name] for name in classes}, names, measure))
-    methods, tau = _ranking(
-        values[OVERALL], names, measure, {n: evaluations[n].failed.keys() & set(cases) for n in names}
-    )
+    overall = _corrected([one for pair in differences for one in pair if one.structure == OVERALL])
+    alone = _corrected([one for pair in differences for one in pair if one.structure != OVERALL])
+    failed = {name: len(evaluations[name].failed.keys() & set(cases)) for name in names}
+    methods, tau = _ranking([_filled(values[name], measure) for name in classes], names, measure, failed)
+    every = {case for name in names for case in scores[name]}
+    known = {name for e in evaluations.values() for name in (*e.labels.names, *e.labels.regions)}
+    used = {own for by_method in shared.values() for own in by_method.values()}
     return Comparison(
         measure=measure,
-        tolerance_mm=first.tolerance_mm,
+        tolerance_mm=evaluations[names[0]].tolerance_mm,
+        names=names,
         cases=tuple(cases),
         left_out=tuple(sorted(every - set(cases))),
         classes=tuple(classes),
-        names=names,
+        regions=tuple(name for name in shared if name not in classes),
+        left_out_classes=tuple(sorted(known - used)),
         methods=methods,
         kendall_tau=tau,
         differences=(*overall, *alone),
@@ -203,116 +219,203 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def wilcoxon(differences: Float) -> float:
-    """The p value of the two-sided Wilcoxon signed-rank test, as scipy has it; 1 where all differences are 0."""
+    """The p value of the two-sided Wilcoxon signed-rank test, as scipy has it; 1 where all differences are 0.
+
+    Differences that are equal but for rounding are ties: they are rounded to nine digits first. The test is exact for
+    up to 50 different ones, and by the normal distribution otherwise.
+    """
     from scipy import stats
 
-    moved = differences[np.abs(differences) > _TIE]
-    return float(stats.wilcoxon(moved).pvalue) if len(moved) else 1.0
+    apart = _apart(differences)
+    if not len(apart):
+        return 1.0
+    exact = len(apart) <= 50 and len(np.unique(np.abs(apart))) == len(apart)
+    return float(stats.wilcoxon(apart, method="exact" if exact else "approx").pvalue)
 
 
-def _by_case(evaluation: Evaluation) -> dict[str, dict[str, ClassScore]]:
-    return {case.case: {score.name: score for score in case.scores} for case in evaluation.cases}
+def _apart(differences: Float) -> Float:
+    """The differences that are not 0, rounded."""
+    rounded = np.round(differences, 9)
+    return np.asarray(rounded[rounded != 0])
+
+
+def _signed_ranks(differences: Float) -> float:
+    """The sum of the ranks of the positive differences less that of the negative ones."""
+    from scipy import stats
+
+    apart = _apart(differences)
+    return float((np.sign(apart) * stats.rankdata(np.abs(apart))).sum())
+
+
+def _shared_structures(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, str]]:
+    """Classes, then regions, that all have: by the name that the first gives them, the name that each method does."""
+    first, *_ = evaluations.values()
+    shared: dict[str, dict[str, str]] = {}
+    for name in (*first.labels.names, *first.labels.regions):
+        own = {method: _like(name, evaluation) for method, evaluation in evaluations.items()}
+        if None not in own.values():
+            shared[name] = {method: str(other) for method, other in own.items()}
+    return shared
+
+
+def _like(name: str, evaluation: Evaluation) -> str | None:
+    """The class or region of that name in an evaluation; None where there is none, or several."""
+    if name in evaluation.labels.regions:
+        return name
+    found = evaluation.labels.like(name)
+    return found[0] if len(found) == 1 else None
+
+
+def _by_case(evaluation: Evaluation, names: Mapping[str, str]) -> dict[str, dict[str, ClassScore]]:
+    """The scores of each case by the names of structures that all methods share."""
+    found = {}
+    for case in evaluation.cases:
+        scores = {score.name: score for score in case.scores}
+        found[case.case] = {new: scores[own] for new, own in names.items()}
+    return found
 
 
 def _require_alike(
     evaluations: Mapping[str, Evaluation],
     scores: Mapping[str, dict[str, dict[str, ClassScore]]],
     cases: Sequence[str],
-    classes: Sequence[str],
-    measure: Measure,
+    measure: str,
 ) -> None:
     first, *others = evaluations
     for name in others:
-        for case, structure in ((case, structure) for case in cases for structure in classes):
-            volumes = [scores[method][case][structure].reference_ml for method in (first, name)]
-            if not math.isclose(*volumes, rel_tol=1e-6):
-                found = f"the reference of {structure} in {case} has {volumes[1]:g} ml, in {first} {volumes[0]:g} ml"
-                raise InputError(name, found, "evaluations with the same references")
+        for case in cases:
+            for structure, score in scores[first][case].items():
+                volumes = score.reference_ml, scores[name][case][structure].reference_ml
+                if not math.isclose(*volumes, rel_tol=1e-6):
+                    found = (
+                        f"the reference of {structure} in {case} has {volumes[1]:g} ml, in {first} {volumes[0]:g} ml"
+                    )
+                    raise InputError(name, found, "evaluations with the same references")
         tolerances = [evaluations[method].tolerance_mm for method in (first, name)]
         if measure == "nsd" and tolerances[0] != tolerances[1]:
             found = f"its NSD is at {tolerances[1]:g} mm, that of {first} at {tolerances[0]:g} mm"
             raise InputError(name, found, "one tolerance", "score again with --tolerance-mm")
 
 
-def _values(scores: Sequence[ClassScore], measure: Measure) -> list[float]:
-    """The measure of one class in one case, by method; all NaN where it does not count, perfect where that is due."""
-    found = [getattr(score, measure) for score in scores]
+def _number(score: ClassScore, measure: str) -> float:
+    value = getattr(score, measure)
+    return math.nan if value is None else value
+
+
+def _filled(rows: Float, measure: str) -> Float:
+    """Values (cases, methods) with the perfect one where a method rightly found nothing and another did; see above."""
     perfect = 0.0 if measure in DISTANCES else 1.0
-    counts = any(value is not None for value in found)
-    return [(perfect if value is None else value) if counts else math.nan for value in found]
+    known = np.isfinite(rows)
+    return np.where(known | ~known.any(axis=1, keepdims=True), rows, perfect)
 
 
-def _mean_known(values: Float) -> Float:
-    """Mean over the first axis (classes) of what counts; NaN where nothing does."""
-    known = np.isfinite(values)
-    number = known.sum(axis=0)
-    total = np.where(known, values, 0.0).sum(axis=0)
+def _pair_differences(
+    values: Mapping[str, Float], classes: Sequence[str], names: Sequence[str], pair: tuple[int, int], measure: str
+) -> Iterator[Difference]:
+    """How two methods differ in the mean of the classes, then in each structure; nothing where none counts.
+
+    p is not corrected yet, and there is no verdict.
+    """
+    both = {name: _filled(rows[:, pair], measure) for name, rows in values.items()}
+    both = {name: rows for name, rows in both.items() if np.isfinite(rows).any()}
+    moved = np.stack([rows[:, 1] - rows[:, 0] for rows in both.values()], axis=1) if both else np.zeros((0, 0))
+    columns = {name: [column] for column, name in enumerate(both)}
+    alone = [column for name, [column] in columns.items() if name in classes]
+    if not alone:
+        return
+    resampled = bootstrap.Resampled.of(moved)
+    for structure, chosen in {OVERALL: alone, **columns}.items():
+        means = [float(np.mean([_known(rows[:, m]).mean() for rows in _chosen(both, chosen)])) for m in (0, 1)]
+        differences = _known(_mean_of_known(moved[:, chosen]))
+        low, high = resampled.interval(chosen) or (None, None)
+        wins, losses = _wins_and_losses(differences, measure)
+        ties = len(differences) - wins - losses
+        p = wilcoxon(differences)
+        yield Difference(
+            structure=structure,
+            first=names[pair[0]],
+            second=names[pair[1]],
+            n=len(differences),
+            mean_first=means[0],
+            mean_second=means[1],
+            difference=means[1] - means[0],
+            low=low,
+            high=high,
+            probability=(wins + ties / 2) / len(differences),
+            wins=wins,
+            ties=ties,
+            losses=losses,
+            p=p,
+            p_holm=p,
+            verdict=_direction(means[1] - means[0], _signed_ranks(differences), measure),
+        )
+
+
+def _chosen(values: Mapping[str, Float], columns: Sequence[int]) -> list[Float]:
+    return [rows for column, rows in enumerate(values.values()) if column in columns]
+
+
+def _wins_and_losses(differences: Float, measure: str) -> tuple[int, int]:
+    gain = -differences if measure in DISTANCES else differences
+    return int((gain > _TIE).sum()), int((gain < -_TIE).sum())
+
+
+def _direction(difference: float, signed_ranks: float, measure: str) -> Verdict:
+    """Which of two methods is better, were there evidence."""
+    if difference * signed_ranks <= 0:
+        return "mean and cases disagree"
+    return "better" if (difference > 0) != (measure in DISTANCES) else "worse"
+
+
+def _known(values: Float) -> Float:
+    return np.asarray(values[np.isfinite(values)])
+
+
+def _mean_of_known(rows: Float) -> Float:
+    """Mean of each row over what is known in it; NaN where nothing is."""
+    known = np.isfinite(rows)
+    number = known.sum(axis=1)
+    total = np.where(known, rows, 0.0).sum(axis=1)
     return np.asarray(np.divide(total, number, out=np.full(total.shape, np.nan), where=number > 0))
 
 
-def _differences(values: Mapping[str, Float], names: Sequence[str], measure: Measure) -> Iterator[Difference]:
-    """Of each structure every pair of methods, over the cases where it counts."""
-    pairs = list(combinations(range(len(names)), 2))
-    moved = [rows[:, b] - rows[:, a] for rows in values.values() for a, b in pairs]
-    resampled = bootstrap.Resampled.of(np.stack(moved, axis=1))
-    columns = ((structure, rows, a, b) for structure, rows in values.items() for a, b in pairs)
-    for column, (structure, rows, a, b) in enumerate(columns):
-        counted = rows[np.isfinite(rows).all(axis=1)]
-        if len(counted):
-            low, high = resampled.interval([column]) or (None, None)
-            known = {"structure": structure, "first": names[a], "second": names[b], "low": low, "high": high}
-            yield Difference(**known, **_paired(counted[:, a], counted[:, b], measure))
-
-
-def _paired(first: Float, second: Float, measure: Measure) -> dict[str, Any]:
-    """What two methods' values of the same cases say without resampling; p is not corrected yet."""
-    moved = second - first
-    gain = -moved if measure in DISTANCES else moved
-    wins, losses = int((gain > _TIE).sum()), int((gain < -_TIE).sum())
-    ties = len(moved) - wins - losses
-    p = wilcoxon(moved)
-    return {
-        "n": len(moved),
-        "mean_first": float(first.mean()),
-        "mean_second": float(second.mean()),
-        "difference": float(moved.mean()),
-        "probability": (wins + ties / 2) / len(moved),
-        "wins": wins,
-        "ties": ties,
-        "losses": losses,
-        "p": p,
-        "p_holm": p,
-        "verdict": "better" if gain.mean() > 0 else "worse",
-    }
-
-
-def _corrected(differences: Iterator[Difference]) -> Iterator[Difference]:
-    """With p values corrected over all of them, and the verdict that follows."""
-    found = list(differences)
-    for one, p in zip(found, holm([one.p for one in found]), strict=True):
-        aside = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
-        verdict: Verdict = one.verdict if aside and p < ALPHA else "no evidence of difference"
+def _corrected(differences: Sequence[Difference]) -> Iterator[Difference]:
+    """With p values corrected over all of them, and the direction only where there is evidence."""
+    for one, p in zip(differences, holm([one.p for one in differences]), strict=True):
+        without_zero = one.low is not None and one.high is not None and (one.low > 0 or one.high < 0)
+        verdict: Verdict = one.verdict if without_zero and p < ALPHA else "no evidence of difference"
         yield one.model_copy(update={"p_holm": p, "verdict": verdict})
 
 
 def _ranking(
-    values: Float, names: Sequence[str], measure: Measure, failed: Mapping[str, set[str]]
+    classes: Sequence[Float], names: Sequence[str], measure: str, failed: Mapping[str, int]
 ) -> tuple[tuple[Ranked, ...], float]:
-    """Methods by rank, and how stable that is (Wiesenfarth et al. 2021, Scientific Reports 11:2369)."""
-    counted = values[np.isfinite(values).all(axis=1)]
-    resampled = bootstrap.Resampled.of(counted)
+    """Methods by rank, and how stable that is (Wiesenfarth et al. 2021, Scientific Reports 11:2369).
+
+    Args:
+        classes: values (cases, methods) of each class.
+        names: of the methods.
+        measure: that they are of.
+        failed: cases without a usable prediction, by method.
+    """
+    counted = [rows for rows in classes if np.isfinite(rows).any()]
+    resampled = bootstrap.Resampled.of(np.concatenate(counted, axis=1))
+    columns = [[n + place * len(names) for place in range(len(counted))] for n in range(len(names))]
+    means = np.array([resampled.means[own].mean() for own in columns])
+    drawn = np.stack([resampled.of_resamples[:, own].mean(axis=1) for own in columns], axis=1)
     sign = 1.0 if measure in DISTANCES else -1.0
-    at, drawn = _ranks(sign * resampled.means), _ranks(sign * resampled.of_resamples)
-    pairs = list(combinations(range(len(names)), 2))
-    agree = [np.sign(at[a] - at[b]) * np.sign(drawn[:, a] - drawn[:, b]) for a, b in pairs]
+    order, orders = _ranks(sign * means), _ranks(sign * drawn[np.isfinite(drawn).all(axis=1)])
     methods = []
     for n, name in enumerate(names):
-        low, high = resampled.interval([n]) or (None, None)
-        shares = tuple(float((drawn[:, n] == rank).mean()) for rank in range(1, len(names) + 1))
-        mean = float(resampled.means[n])
-        known = {"name": name, "mean": mean, "low": low, "high": high, "n_failed": len(failed[name])}
-        methods.append(Ranked(**known, rank=int(at[n]), ranks=shares))
-    return tuple(sorted(methods, key=lambda method: method.rank)), float(np.mean(agree))
+        low, high = resampled.interval(columns[n]) or (None, None)
+        shares = tuple(float((orders[:, n] == rank).mean()) for rank in range(1, len(names) + 1))
+        rank, mean = int(order[n]), float(means[n])
+        methods.append(Ranked(name=name, mean=mean, low=low, high=high, rank=rank, ranks=shares, n_failed=failed[name]))
+    pairs = list(combinations(range(len(names)), 2))
+    same = [np.sign(order[a] - order[b]) == np.sign(orders[:, a] - orders[:, b]) for a, b in pairs]
+    turned = [np.sign(order[a] - order[b]) == -np.sign(orders[:, a] - orders[:, b]) for a, b in pairs]
+    agreement = np.where(same, 1.0, np.where(turned, -1.0, 0.0))
+    return tuple(sorted(methods, key=lambda method: method.rank)), float(agreement.mean())
 
 
 def _ranks(values: Float) -> Float:
@@ -332,6 +435,9 @@ def _sentence(one: Difference, measure: str) -> str:
     if one.low is not None and one.high is not None:
         interval = f"95 % interval {one.low:+.4f} to {one.high:+.4f}"
     figures = f"{measure} {one.difference:+.4f} ({interval}), Wilcoxon p {one.p_holm:.2g} (Holm), {one.n} cases"
-    if one.verdict == "no evidence of difference":
-        return f"no evidence of difference between {one.first} and {one.second}: {figures}"
-    return f"{one.second} is {one.verdict} than {one.first}: {figures}"
+    if one.verdict in ("better", "worse"):
+        return f"{one.second} is {one.verdict} than {one.first}: {figures}"
+    if one.verdict == "mean and cases disagree":
+        counts = f"better in {one.wins}, worse in {one.losses}"
+        return f"the mean and most cases disagree between {one.first} and {one.second} ({counts}): {figures}"
+    return f"no evidence of difference between {one.first} and {one.second}: {figures}"

@@ -1,4 +1,4 @@
-"""Download the tasks of the Medical Segmentation Decathlon. The only place that uses the network.
+"""Download the tasks of the Medical Segmentation Decathlon, and NiiVue. The only place that uses the network.
 
 Addresses and checksums are MONAI's (``monai.apps.DecathlonDataset``). Fetching is done here, because MONAI's loses
 what it has when the connection breaks, and unpacks into place, so that half a task can be taken for a whole one.
@@ -13,12 +13,14 @@ import tarfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+
+import platformdirs
 
 from medseg.errors import InputError, UnreadableFile
 from medseg.progress import Progress, silent
-from medseg.records import TEMPORARY_PREFIX
+from medseg.records import TEMPORARY_PREFIX, digest_file, write_bytes
 
 _BLOCK = 2**20
 _TIMEOUT_S = 60.0
@@ -26,11 +28,39 @@ _TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar file that holds one folder called ``name``, with a ``dataset.json`` in it."""
+    """A tar file on a server.
+
+    Attributes:
+        name: of itself and, of a task, of the one folder in it, which has a ``dataset.json``.
+        url: where it is.
+        digest: in hexadecimal digits.
+        algorithm: of the digest, as ``hashlib`` calls it.
+    """
 
     name: str
     url: str
-    md5: str
+    digest: str
+    algorithm: str = "md5"
+
+    @property
+    def file(self) -> str:
+        """What it is called on disk."""
+        return self.name + PurePosixPath(self.url).suffix
+
+
+NIIVUE = Archive(
+    "niivue-niivue-0.69.0",  # as `npm pack` calls it
+    "https://registry.npmjs.org/@niivue/niivue/-/niivue-0.69.0.tgz",
+    # npm's integrity, sha512-YMjQvJgD1W2b7DuoxkwlC4VxbrgIePRJ5qyQzXKxi2v2MBVg285P/CIQyg46oDDGDIcaNlbd+MhtO/edMbXJkA==
+    "60c8d0bc9803d56d9bec3ba8c64c250b85716eb80878f449e6ac90cd72b18b6b"
+    "f6301560dbce4ffc2210ca0e3aa030c60c871a3656ddf8c86d3bf79d31b5c990",
+    "sha512",
+)
+"""The npm package of the viewer in three dimensions: https://niivue.com, BSD-2-Clause."""
+
+_NIIVUE_SHA256 = "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"
+_NIIVUE_FILES = {"niivue.umd.js": "package/dist/niivue.umd.js", "package.json": "package/package.json"}
+"""What is kept of it, and where it lies in there: the script, and what names its version and licence."""
 
 
 def find_archive(task: str) -> Archive:
@@ -67,7 +97,7 @@ def download_task(task: str, folder: Path, progress: Progress = silent, *, base_
     """
     archive = find_archive(task)
     if base_url is not None:
-        archive = Archive(archive.name, f"{base_url.rstrip('/')}/{archive.name}.tar", archive.md5)
+        archive = Archive(archive.name, f"{base_url.rstrip('/')}/{archive.name}.tar", archive.digest)
     return download_archive(archive, folder, progress)
 
 
@@ -83,17 +113,67 @@ def download_archive(archive: Archive, folder: Path, progress: Progress = silent
         return target
     if target.exists():
         raise InputError(target, "is there, but has no dataset.json", "a whole task or nothing", "move it away")
-    folder.mkdir(parents=True, exist_ok=True)
-    tar = folder / f"{archive.name}.tar"
-    if not tar.exists():
-        part = tar.with_name(f"{tar.name}.part")
-        _fetch(archive.url, part, progress)
-        _verify(part, archive.md5)
-        part.replace(tar)
-    else:
-        _verify(tar, archive.md5)
-    _unpack(tar, target, progress)
+    _unpack(_fetched(archive, folder, progress), target, progress)
     return target
+
+
+def viewer_folder() -> Path:
+    """Where NiiVue is kept: the user's data folder, which outlives caches and versions of medseg."""
+    return platformdirs.user_data_path("medseg", appauthor=False) / "niivue"
+
+
+def viewer_file() -> Path | None:
+    """NiiVue as ``download_viewer`` has kept it; None where it is not there, or not what it should be."""
+    path = viewer_folder() / "niivue.umd.js"
+    try:
+        return path if digest_file(path) == _NIIVUE_SHA256 else None
+    except OSError:
+        return None
+
+
+def download_viewer(progress: Progress = silent, *, base_url: str | None = None) -> Path:
+    """Download NiiVue, the viewer in three dimensions; go on from where an earlier attempt stopped.
+
+    Where there is no network, put what ``npm pack @niivue/niivue@0.69.0`` makes elsewhere into ``viewer_folder()`` and
+    call this: the archive is taken from there.
+
+    Args:
+        progress: called as data arrive.
+        base_url: another registry of npm packages.
+
+    Returns:
+        The script. Where it is there already, nothing is fetched.
+
+    Raises:
+        InputError: the server cannot be reached or does not have it, or the checksum differs.
+    """
+    if path := viewer_file():
+        return path
+    archive, folder = NIIVUE, viewer_folder()
+    if base_url is not None:
+        path_there = archive.url.removeprefix("https://registry.npmjs.org/")
+        archive = replace(archive, url=f"{base_url.rstrip('/')}/{path_there}")
+    tgz = _fetched(archive, folder, progress)
+    with tarfile.open(tgz, "r:gz") as file:
+        for name, member in _NIIVUE_FILES.items():
+            content = file.extractfile(member)
+            write_bytes(folder / name, content.read() if content else b"")
+    tgz.unlink()
+    return folder / "niivue.umd.js"
+
+
+def _fetched(archive: Archive, folder: Path, progress: Progress) -> Path:
+    """The verified archive in a folder; fetched, or the rest of it, unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tar = folder / archive.file
+    if tar.exists():
+        _verify(tar, archive)
+        return tar
+    part = tar.with_name(f"{tar.name}.part")
+    _fetch(archive.url, part, progress)
+    _verify(part, archive)
+    part.replace(tar)
+    return tar
 
 
 def _fetch(url: str, part: Path, progress: Progress) -> None:
@@ -140,15 +220,16 @@ def _continue(url: str, part: Path, progress: Progress) -> bool:
     return here >= total
 
 
-def _verify(path: Path, md5: str) -> None:
+def _verify(path: Path, archive: Archive) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found == md5:
+        found = hashlib.file_digest(file, lambda: hashlib.new(archive.algorithm, usedforsecurity=False)).hexdigest()
+    if found == archive.digest:
         return
+    said = f"its {archive.algorithm.upper()} is {found}"
     if path.suffix == ".part":
         path.unlink()  # going on from damaged data would never end well
-        raise InputError(path, f"its MD5 is {found}", md5, "it was deleted; run the same command again")
-    raise InputError(path, f"its MD5 is {found}", md5, "delete it and run the same command again")
+        raise InputError(path, said, archive.digest, "it was deleted; run the same command again")
+    raise InputError(path, said, archive.digest, "delete it and run the same command again")
 
 
 def _unpack(tar: Path, target: Path, progress: Progress) -> None:

@@ -23,12 +23,13 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from medseg import bootstrap
-from medseg.cases import find_masks
+from medseg.cases import find_masks, printable
 from medseg.dataset import Dataset
 from medseg.errors import DatasetError, GeometryMismatch, InputError, UnreadableFile
 from medseg.geometry import Box, Float, Geometry
@@ -41,6 +42,7 @@ from medseg.metrics import (
     MEASURES,
     ClassScore,
     LesionScore,
+    Measures,
     Scoring,
     score_failure,
     score_pair,
@@ -178,19 +180,8 @@ class ClassSummary(Record):
     lesions: LesionSummary | None = None
 
 
-class Means(Record):
+class Means(Measures):
     """One number a measure, over the classes (regions left out) of each class's mean over the cases."""
-
-    dice: float | None = None
-    nsd: float | None = None
-    hd95_mm: float | None = None
-    iou: float | None = None
-    sensitivity: float | None = None
-    precision: float | None = None
-    hd_mm: float | None = None
-    assd_mm: float | None = None
-    volume_difference_ml: float | None = None
-    volume_difference_percent: float | None = None
 
 
 class Evaluation(Record):
@@ -213,6 +204,8 @@ class Evaluation(Record):
         matched: how predictions and references were matched where their names differ; empty where they do not.
         predictions, references: the places that were given; empty where pairs were.
     """
+
+    schema_version: ClassVar[int] = 2  # 1 knew three measures
 
     labels: Labels
     tolerance_mm: float
@@ -250,7 +243,7 @@ class Evaluation(Record):
         text = text_io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         counts = list(LesionScore.model_fields)
-        columns = [name for name in ClassScore.model_fields if name not in ("name", "lesions")]
+        columns = ("status", *MEASURES, "reference_ml", "prediction_ml")
         lesions = [f"lesions_{name.removeprefix('n_')}" for name in counts] if self.counts_lesions else []
         writer.writerow(["case", "class", *columns, *lesions, "tolerance_mm", "reason"])
         for case in self.cases:
@@ -293,12 +286,8 @@ def evaluate_folders(
             (without labels) a mask that does not name its values where those of the others do not tell what they are.
         DatasetError: none of the references can be used.
     """
-    dataset = Dataset.open(references) if (references / "dataset.json").is_file() else None
-    found = _references(references, dataset)
-    predicted, matched = _matched(find_masks(predictions), found)
+    dataset, found, predicted, matched = _found(predictions, references)
     if predictions.is_file():
-        if references.is_file():
-            predicted, matched = dict(zip(found, predicted.values(), strict=True)), ""
         cases = cases or list(predicted)
     wanted = sorted(found) if cases is None else list(dict.fromkeys(cases))
     if only_predicted:
@@ -315,8 +304,8 @@ def evaluate_folders(
     facts = {
         "extra": tuple(sorted(set(predicted) - set(found))),
         "matched": matched,
-        "predictions": str(predictions),
-        "references": str(references),
+        "predictions": printable(str(predictions.absolute())),
+        "references": printable(str(references.absolute())),
     }
     name = dataset.root.resolve().name if dataset else ""
     return evaluate_cases(pairs, names, settings, name, progress).model_copy(update=facts)
@@ -325,32 +314,60 @@ def evaluate_folders(
 def pairs_of(predictions: Path, references: Path) -> list[Pair]:
     """Every reference with the prediction of its name; paths as ``evaluate_folders`` takes them.
 
-    Names are those of the files without ending. Where no prediction has the name of a reference, what all predictions
-    have in common at their ends, and all references, is left out first: ``pred_007_seg`` is the prediction of ``007``.
-    Then every prediction must have a reference, so that no wrong pair can come of it.
+    Names are those of the files without ending. Where no prediction has the name of a reference, a prediction belongs
+    to the longest name of a reference that it holds (``pred_007_seg`` to ``007``), or that holds its own; else what all
+    predictions begin and end with is left out, and likewise of the references, if one of these has nothing that the
+    other has not (``sub-7_desc-model_dseg`` and ``sub-7_dseg``). All of this only where every prediction then has a
+    reference of its own; what was done is logged.
 
     Raises:
         InputError: there is none, or two files are of one name.
     """
-    dataset = Dataset.open(references) if (references / "dataset.json").is_file() else None
-    found = _references(references, dataset)
-    predicted, _ = _matched(find_masks(predictions), found)
-    if predictions.is_file() and references.is_file():
-        predicted = dict(zip(found, predicted.values(), strict=True))
+    _, found, predicted, _ = _found(predictions, references)
     return [(case, predicted.get(case, predictions / case), path) for case, path in sorted(found.items())]
 
 
-def _matched(predicted: dict[str, Path], found: Mapping[str, Path]) -> tuple[dict[str, Path], str]:
-    """Predictions by the name of their reference, and how that was found where names differ; see ``pairs_of``."""
-    if set(predicted) & set(found) or len(predicted) < 2 or len(found) < 2:
-        return predicted, ""
+def _found(predictions: Path, references: Path) -> tuple[Dataset | None, dict[str, Path], dict[str, Path], str]:
+    """The dataset, if there is one; references and predictions by case; and how names were matched."""
+    dataset = Dataset.open(references) if (references / "dataset.json").is_file() else None
+    labels = {case.id: case.label for case in dataset.cases if case.label} if dataset else {}
+    found = labels or find_masks(references)
+    predicted = find_masks(predictions)
+    if predictions.is_file() and references.is_file():
+        return dataset, found, dict(zip(found, predicted.values(), strict=True)), ""
+    names, how = _matched(predicted, found)
+    if how:
+        log.warning("names: %s", how)
+    return dataset, found, {names[name]: path for name, path in predicted.items()}, how
+
+
+def _matched(predicted: Collection[str], found: Collection[str]) -> tuple[dict[str, str], str]:
+    """The name of the reference of each prediction, and how that was found where names differ; see ``pairs_of``."""
+    same = {name: name for name in predicted}
+    if set(predicted) & set(found):
+        return same, ""
+    held = {name: _held(name, found) for name in predicted}
+    if None in held.values():
+        held = {name: _held(name, found, within=True) for name in predicted}
+    if None not in held.values() and len(set(held.values())) == len(predicted):
+        example = min(predicted)
+        return {name: str(other) for name, other in held.items()}, f"{example} is the prediction of {held[example]}"
     (ends_p, cores_p), (ends_r, cores_r) = _cores(predicted), _cores(found)
     names = {core: name for name, core in cores_r.items()}
-    if not set(cores_p.values()) <= set(names):
-        return predicted, ""
-    how = f"{ends_p[0]}*{ends_p[1]} of the predictions is {ends_r[0]}*{ends_r[1]} of the references"
-    log.warning("names: %s", how)
-    return {names[core]: predicted[name] for name, core in cores_p.items()}, how
+    alike = all(a in b or b in a for a, b in zip(ends_p, ends_r, strict=True))
+    if not alike or len(found) < 2 or len(predicted) < 2 or not set(cores_p.values()) <= set(names):
+        return same, ""
+    how = f"{'*'.join(ends_p)} of the predictions is {'*'.join(ends_r)} of the references"
+    return {name: names[core] for name, core in cores_p.items()}, how
+
+
+def _held(name: str, others: Collection[str], within: bool = False) -> str | None:
+    """The longest of the other names that a name holds as whole words, or (``within``) the only one that holds it."""
+    whole = r"(?<![^\W_]){}(?![^\W_])"
+    if within:
+        holders = [other for other in others if re.search(whole.format(re.escape(name)), other)]
+        return holders[0] if len(holders) == 1 else None
+    return max((other for other in others if re.search(whole.format(re.escape(other)), name)), key=len, default=None)
 
 
 def _cores(names: Collection[str]) -> tuple[tuple[str, str], dict[str, str]]:
@@ -390,7 +407,9 @@ def evaluate_cases(
     """
     if not pairs:
         raise InputError("evaluation", "no case to score", "one pair of masks at least")
-    scoring, source = _scoring(labels, settings, dataset)
+    if twice := [case for case, count in Counter(case for case, *_ in pairs).items() if count > 1]:
+        raise InputError(twice[0], "is given twice", "ids that are different")
+    scoring, source = scoring_of(labels, settings, dataset)
     results = _in_threads(pairs, scoring, progress)
     scored = tuple(result for result in results if isinstance(result, CaseScores))
     unscored = {pair[0]: result for pair, result in zip(pairs, results, strict=True) if isinstance(result, str)}
@@ -413,8 +432,12 @@ def evaluate_cases(
     )
 
 
-def _scoring(labels: Labels, settings: EvaluateSettings, dataset: str) -> tuple[Scoring, str]:
-    """What is scored, and where its tolerance is from."""
+def scoring_of(labels: Labels, settings: EvaluateSettings, dataset: str) -> tuple[Scoring, str]:
+    """What is scored, and where its tolerance is from; arguments as ``evaluate_cases``.
+
+    Raises:
+        InputError: lesions of an unknown class.
+    """
     known = [*labels.names, *labels.regions]
     lesions = settings.lesions
     if lesions is None:
@@ -454,13 +477,24 @@ def _in_threads(pairs: Sequence[Pair], scoring: Scoring, progress: Progress) -> 
 
 
 def _score_case(pair: Pair, scoring: Scoring) -> _Result:
+    """The scores of one case, or why there are none."""
+    try:
+        return _scored(pair, scoring)
+    except Exception as failure:  # whatever is wrong with one case, the others are scored
+        log.warning("%s: could not be scored", pair[0], exc_info=failure)
+        return f"could not be scored: unexpected {type(failure).__name__}: {failure}"
+
+
+def _scored(pair: Pair, scoring: Scoring) -> _Result:
     """The scores of one case, or why its reference cannot be used."""
     case, prediction_path, reference_path = pair
     labels = scoring.labels
     try:
         reference = read_mask(reference_path, labels)
     except InputError as failure:
-        return str(failure)
+        return printable(str(failure))
+    if reference.geometry.is_sheared:
+        log.warning("%s: the axes of its grid are not at right angles: distances are approximate", case)
     try:
         if not prediction_path.exists():
             raise UnreadableFile(prediction_path, "there is no prediction", "a mask")
@@ -471,7 +505,7 @@ def _score_case(pair: Pair, scoring: Scoring) -> _Result:
         scores = score_pair(prediction.array, reference.array, reference.geometry, scoring, prediction_path)
     except InputError as failure:
         worst = score_failure(reference.array, reference.geometry, scoring, reference_path)
-        return CaseScores(case=case, scores=worst, reason=str(failure))
+        return CaseScores(case=case, scores=worst, reason=printable(str(failure)))
     return CaseScores(case=case, scores=scores, left_out=left_out)
 
 
@@ -596,13 +630,6 @@ def _spread(values: Float, interval: bootstrap.Interval | None) -> Spread | None
     p05, p25, median, p75, p95 = np.percentile(known, (5, 25, 50, 75, 95)).tolist()
     mean = fmean(known.tolist())
     return Spread(mean=mean, low=low, high=high, median=median, p25=p25, p75=p75, p05=p05, p95=p95)
-
-
-def _references(path: Path, dataset: Dataset | None) -> dict[str, Path]:
-    """The reference of each case."""
-    if dataset is None:
-        return find_masks(path)
-    return {case.id: case.label for case in dataset.cases if case.label}
 
 
 @dataclass(frozen=True)

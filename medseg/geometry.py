@@ -149,8 +149,9 @@ class Geometry:
 
     @property
     def diagonal_mm(self) -> float:
-        """Length of the image's space diagonal, voxel edge to voxel edge, mm."""
-        return float(np.linalg.norm(np.array(self.shape) * np.array(self.spacing)))
+        """Length of the image's diagonal, voxel edge to voxel edge, mm; of a picture (K = 1) without its thickness."""
+        lengths = np.array(self.shape) * np.array(self.spacing)
+        return float(np.linalg.norm(lengths[:2] if self.shape[2] == 1 else lengths))
 
     @property
     def orientation(self) -> str:

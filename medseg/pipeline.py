@@ -22,7 +22,7 @@ from medseg.check import check
 from medseg.dataset import Case, Dataset, Findings, Fold
 from medseg.engines import choose_device
 from medseg.errors import DatasetError, InputError
-from medseg.evaluate import EvaluateSettings, Evaluation, Pair, evaluate_cases
+from medseg.evaluate import EvaluateSettings, Evaluation, Pair, evaluate_cases, scoring_of
 from medseg.fingerprint import Fingerprint, measure
 from medseg.folder import writing_to
 from medseg.journal import versions
@@ -34,7 +34,7 @@ from medseg.predict import Predictor, PredictSettings
 from medseg.progress import Progress, silent
 from medseg.quality import Ranges, ranges_of
 from medseg.records import Record, digest_file, digest_of, read_json, write_json, write_text
-from medseg.report import markdown_summary, save_curve
+from medseg.report import markdown_summary, save_curve, write_report
 from medseg.train import LOG, WEIGHTS, Job, TrainSettings, precision_of, refuse_impossible, train_fold
 from medseg.volume import Labels
 
@@ -77,6 +77,7 @@ def run(
     overrides: Sequence[str] = (),
     mirror: bool = False,
     skip_bad_cases: bool = False,
+    report: bool = True,
     progress: Progress = silent,
 ) -> RunResult:
     """Go from a dataset to a scored model.
@@ -93,6 +94,7 @@ def run(
         overrides: plan settings.
         mirror: average predictions over mirrored images.
         skip_bad_cases: go on without the cases that ``check`` finds unusable.
+        report: write ``report.html`` too, with pictures of the cases; see ``medseg.report.page``.
         progress: told how far each station is.
 
     Raises:
@@ -118,7 +120,14 @@ def run(
         dice = {number: _fold_dice(evaluation, fold) for number, fold in chosen.items()}
         note_dice(out / "package", dice)
         records = {n: record.model_copy(update={"dice": dice[n]}) for n, record in records.items()}
-        return _write_results(data, evaluation, skipped, chosen, records, out)
+        choices = {
+            "configuration": configuration or _usual(plan),
+            "settings": settings.model_dump(mode="json"),
+            "overrides": list(overrides),
+            "mirror": mirror,
+        }
+        result = _write_results(data, evaluation, skipped, chosen, records, choices, out)
+        return _report_station(result, progress) if report else result
 
 
 def check_station(
@@ -300,8 +309,9 @@ def _evaluate_station(
     pairs: Sequence[Pair], labels: Labels, settings: EvaluateSettings, dataset: str, out: Path, progress: Progress
 ) -> Evaluation:
     files = [[case, *(digest_file(p) if p.exists() else "missing" for p in paths)] for case, *paths in pairs]
-    asked = [labels.model_dump(mode="json"), settings.model_dump(mode="json"), dataset]
-    key = digest_of(["evaluation", medseg.__version__, *asked, files])
+    scoring, source = scoring_of(labels, settings, dataset)
+    asked = [scoring.tolerance_mm, source, scoring.lesions, scoring.lesion_iou]
+    key = digest_of(["evaluation", medseg.__version__, labels.model_dump(mode="json"), *asked, files])
     path = out / "evaluation" / "evaluation.json"
     kept: Evaluation | None = _kept(path, Evaluation, key)
     return kept or _keep(path, evaluate_cases(pairs, labels, settings, dataset, progress), key)
@@ -330,6 +340,7 @@ def _write_results(
     skipped: tuple[str, ...],
     chosen: Mapping[int, Fold],
     records: Mapping[int, FoldRecord],
+    choices: Mapping[str, Any],
     out: Path,
 ) -> RunResult:
     paths = {
@@ -355,6 +366,8 @@ def _write_results(
     run_record = {
         "notice": NOTICE,
         "dataset": data.name,
+        "dataset_folder": str(data.root.absolute()),
+        **choices,
         "cases": len(data.cases),
         "skipped_cases": list(skipped),
         "folds": {str(n): record.model_dump(mode="json") for n, record in records.items()},
@@ -364,6 +377,16 @@ def _write_results(
     }
     write_json(out / "run.json", run_record)
     return RunResult(out, out / "package", evaluation, skipped, paths)
+
+
+def _report_station(result: RunResult, progress: Progress) -> RunResult:
+    """Write the page; what goes wrong there is logged and costs nothing else, as the run is done."""
+    try:
+        page = write_report(result.out, progress=progress)
+    except Exception as failure:  # hours of training are not lost to a picture
+        log.warning("the report could not be written: %s. Try again with `medseg report`", failure, exc_info=True)
+        return result
+    return replace(result, paths={**result.paths, "report": page})
 
 
 def chosen_folds(data: Dataset, wanted: Sequence[int] | None, out: Path) -> dict[int, Fold]:

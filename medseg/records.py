@@ -165,8 +165,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file atomically, with the line ends as given."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write a UTF-8 text file atomically, with the line ends as given; what is no text in a file name is escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, body: Any) -> None:

@@ -140,6 +140,7 @@ class Segmenter:
                     configuration=self.configuration,
                     train=self.settings,
                     overrides=self.overrides,
+                    report=False,  # arrays are looked at where they came from
                     progress=progress,
                 )
             except DatasetError as failure:

@@ -47,15 +47,22 @@ class Labels(Record):
             raise ValueError("at most 254 labels, each an integer of 32 bits, can be handled")
         if len(set(numbers)) != len(numbers) or self.ignore in numbers:
             raise ValueError(f"each label needs an integer of its own; got {self.values}, ignore {self.ignore}")
-        unknown = {v for members in self.regions.values() for v in members} - set(numbers)
-        if unknown:
-            raise ValueError(f"regions use integers {sorted(unknown)} that no label has")
+        self._require_sound_regions()
         for what, named in (("codings", self.codings), ("colours", self.colours)):
             if strange := sorted(set(named) - set(self.values)):
                 raise ValueError(f"{what} are of {strange[:5]}, which are no labels")
         if any(not 0 <= part <= 255 for colour in self.colours.values() for part in colour):
             raise ValueError("a colour is three numbers from 0 to 255")
         return self
+
+    def _require_sound_regions(self) -> None:
+        unknown = {v for members in self.regions.values() for v in members} - set(self.values.values())
+        if unknown:
+            raise ValueError(f"regions use integers {sorted(unknown)} that no label has")
+        if twice := sorted(set(self.regions) & set(self.values)):
+            raise ValueError(f"{twice} are names of labels and of regions")
+        if hollow := sorted(name for name, members in self.regions.items() if not members):
+            raise ValueError(f"regions {hollow} unite no labels")
 
     @model_serializer(mode="wrap")
     def _as_plain_data(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

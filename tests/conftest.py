@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,18 @@ if TYPE_CHECKING:
     from medseg.pipeline import RunResult
     from medseg.predict import Predictor
 
+pytest_plugins = ("browser",)  # page, open_file, niivue
+
 settings.register_profile("medseg", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("medseg")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test finds what the user has downloaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +59,7 @@ def tiny_run(
     out = tmp_path_factory.mktemp("run")
     # float32, so that the model is the same on processors with and without bfloat16
     settings = TrainSettings(iterations=40, device="cpu", precision="32")
-    return run(phantom_dataset, out, train=settings, overrides=tiny_overrides)
+    return run(phantom_dataset, out, train=settings, overrides=tiny_overrides, report=False)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +76,8 @@ def picture_run(picture_dataset: Path, tmp_path_factory: pytest.TempPathFactory)
 
     tiny = ("plan.patch_size=[16,32]", "plan.features=[8,16,16]", "plan.batch_size=4", "plan.warmup=0")
     out = tmp_path_factory.mktemp("picture_run")
-    return run(picture_dataset, out, train=TrainSettings(iterations=40, device="cpu", precision="32"), overrides=tiny)
+    settings = TrainSettings(iterations=40, device="cpu", precision="32")
+    return run(picture_dataset, out, train=settings, overrides=tiny, report=False)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -44,7 +45,7 @@ from medseg.volume import Mask
 
 COMMANDS = (
     *("run", "check", "plan", "train", "predict", "import-nnunet", "quantise"),
-    *("evaluate", "convert", "stats", "download", "doctor", "demo", "dicom"),
+    *("evaluate", "compare", "report", "convert", "stats", "preview", "download", "doctor", "demo", "dicom"),
 )
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 
@@ -306,7 +307,8 @@ def test_stations_one_by_one_give_the_scores_of_the_journey(
             return [[cell for name, cell in row.items() if name != "class"] for row in csv.DictReader(file)]
 
     assert scores(tmp_path / "scores" / "scores.csv") == scores(journey / "evaluation" / "scores.csv")
-    for path in ("package", "predictions", "evaluation/scores.csv", "summary.md", "plan.json", "log.txt"):
+    files = ("evaluation/scores.csv", "summary.md", "plan.json", "log.txt", "report.html")
+    for path in ("package", "predictions", *files):
         assert (journey / path).exists()
         assert str(journey / path) in ran.stdout
     assert re.search(r"^mean of classes +0\.\d{4}", ran.stdout, re.MULTILINE)
@@ -318,7 +320,8 @@ def test_bad_cases_stop_a_run_and_are_left_out_on_demand(
     phantom_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     broken = bad_dataset(phantom_dataset, tmp_path / "broken")
-    arguments = ("run", broken, "-o", tmp_path / "out", "--iterations", "1", *set_options(tiny_overrides))
+    words = ("--iterations", "1", "--no-report", *set_options(tiny_overrides))
+    arguments = ("run", broken, "-o", tmp_path / "out", *words)
     stopped = medseg_(*arguments)
     assert stopped.exit_code == 2
     assert "phantom_001" in stopped.stderr
@@ -1052,7 +1055,7 @@ def test_a_recipe_is_planned_trained_interrupted_and_goes_on(
 ) -> None:
     """The user's settings come after the recipe's; a run that was cut short ends with the weights of a whole one."""
     words = ["--recipe", "classic", *set_options(tiny_overrides), "--iterations", "4", "--accumulate", "2"]
-    words += ["--checkpointing", "--device", "cpu"]
+    words += ["--checkpointing", "--device", "cpu", "--no-report"]
     assert medseg_("run", phantom_dataset, "-o", tmp_path / "whole", *words).exit_code == 0
     setup = Plan.load(tmp_path / "whole" / "plan.json").configuration("3d_fullres")
     assert (setup.batch_size, setup.network.norm, setup.training.loss) == (2, "batch", "bce_dice")
@@ -1100,3 +1103,109 @@ def test_accumulation_and_checkpointing_reach_the_training(
     assert medseg_("train", phantom_dataset, "-o", tmp_path, "--iterations", "3").exit_code == 1
     assert [(job.settings.accumulate, job.settings.checkpointing) for job in jobs] == [(5, True), (1, False)]
     assert medseg_("train", phantom_dataset, "-o", tmp_path, "--accumulate", "0").exit_code == 2
+
+
+# Pictures
+
+
+def test_preview_draws_a_mask_on_its_image_and_says_where(phantom_dataset: Path, tmp_path: Path) -> None:
+    image, mask = (phantom_dataset / folder / "phantom_001.nii.gz" for folder in ("imagesTr", "labelsTr"))
+    words = ["--reference", mask, "--labels", phantom_dataset / "dataset.json"]
+    result = medseg_("preview", image, mask, *words, "-o", tmp_path / "case.png")
+    assert (result.exit_code, result.stdout.strip()) == (0, f"picture: {tmp_path / 'case.png'}")
+    assert (tmp_path / "case.png").read_bytes().startswith(b"\x89PNG")
+    for out, reason in ((tmp_path / "case.jpg", "is no name of a PNG file"), (tmp_path, "is no name of a PNG file")):
+        result = medseg_("preview", image, mask, "-o", out)
+        assert result.exit_code == 2
+        assert reason in result.stderr
+
+
+# Scores
+
+
+def test_compare_says_which_is_better_and_keeps_the_numbers(phantom_dataset: Path, tmp_path: Path) -> None:
+    labels = phantom_dataset / "labelsTr"
+    half = tmp_path / "half"
+    for path in sorted(labels.iterdir()):
+        mask = read.read_mask(path)
+        array = mask.array.copy()
+        array[::2] = 0
+        read.write_mask(replace(mask, array=array), half / path.name)
+    for name, masks in (("exact", labels), ("halved", half)):
+        words = ("evaluate", masks, phantom_dataset, "-o", tmp_path / name, "--lesions", "none", "-q")
+        assert medseg_(*words).exit_code == 0
+    result = medseg_("compare", tmp_path / "halved", tmp_path / "exact", "-o", tmp_path / "compared")
+    assert result.exit_code == 0
+    sentence = r"^no evidence of difference between halved and exact: dice \+0\.\d+ \(too few cases for an interval\), "
+    assert re.search(sentence + r"Wilcoxon p 0\.031 \(Holm\), 6 cases$", result.stdout, re.M)  # 2 / 2^6
+    assert re.search(r"^1 +exact +1\.0000 ", result.stdout, re.M)
+    body = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    assert [method["name"] for method in body["methods"]] == ["exact", "halved"]
+    assert (tmp_path / "compared" / "values.csv").read_text().startswith("case,class,halved,exact\n")
+    as_json = json.loads(medseg_("compare", tmp_path / "halved", tmp_path / "exact", "--json").stdout)
+    assert as_json == {key: value for key, value in body.items() if key != "schema_version"}
+    result = medseg_("compare", tmp_path / "exact", tmp_path)
+    assert result.exit_code == 2
+    assert "holds no evaluation.json" in result.stderr
+    assert medseg_("compare", tmp_path / "exact").exit_code == 2
+    result = medseg_("compare", tmp_path / "exact", tmp_path / "halved", tmp_path / "exact")
+    assert result.exit_code == 2
+    assert "named twice" in result.stderr
+
+
+def test_evaluate_counts_the_lesions_that_are_asked_for(phantom_dataset: Path, tmp_path: Path) -> None:
+    labels = phantom_dataset / "labelsTr"
+    result = medseg_("evaluate", labels, phantom_dataset, "-o", tmp_path)
+    assert result.exit_code == 0
+    assert "found at IoU > 0.1" in result.stdout  # one of the phantom's labels is called lesion
+    result = medseg_("evaluate", labels, phantom_dataset, "-o", tmp_path, "--lesions", "organ", "--lesion-iou", "0.5")
+    assert re.search(r"^lesions of .*found at IoU > 0\.5 *\norgan +1\.000 ", result.stdout, re.M)
+    result = medseg_("evaluate", labels, phantom_dataset, "-o", tmp_path, "--lesions", "spleen")
+    assert result.exit_code == 2
+    assert "there is no class spleen (expected organ, lesion)" in result.stderr
+
+
+# Reports
+
+
+def test_report_shows_what_a_folder_holds(tiny_run: RunResult, tmp_path: Path) -> None:
+    result = medseg_("report", tiny_run.out, "-o", tmp_path / "page.html")
+    assert (result.exit_code, result.stdout) == (0, f"report: {tmp_path / 'page.html'}\n")
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    assert not (tiny_run.out / "report.html").exists()
+    for words, reason in (
+        ([tmp_path], "holds no results"),
+        ([tmp_path / "missing"], "is no folder"),
+        ([tiny_run.out, "-o", tmp_path], "is a folder"),
+        ([tiny_run.out, "--images", tmp_path / "missing", "-o", tmp_path / "page.html"], "missing: does not exist"),
+    ):
+        result = medseg_("report", *words)
+        assert result.exit_code == 2
+        assert reason in result.stderr
+
+
+def test_predict_and_evaluate_write_a_report_on_demand(
+    tiny_run: RunResult, phantom_dataset: Path, tmp_path: Path
+) -> None:
+    images, masks, scores = phantom_dataset / "imagesTr", tmp_path / "masks", tmp_path / "scores"
+    predicted = medseg_("predict", images, "-m", tiny_run.package, "-o", masks, "--report")
+    assert (predicted.exit_code, predicted.stdout.splitlines()[-1]) == (0, f"report: {masks / 'report.html'}")
+    assert "6 masks of 6 images" in (masks / "report.html").read_text()
+    evaluated = medseg_("evaluate", masks, phantom_dataset, "-o", scores, "--report")
+    assert (evaluated.exit_code, evaluated.stdout.splitlines()[-1]) == (0, f"report: {scores / 'report.html'}")
+    page = (scores / "report.html").read_text()
+    assert "over 6 cases and 2 classes" in page
+    assert "The image is not known" not in page
+
+
+def test_a_report_that_fails_leaves_masks_scores_and_exit_codes(
+    phantom_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Path:
+        raise ZeroDivisionError("no picture")
+
+    monkeypatch.setattr("medseg.report.write_report", fail)
+    result = medseg_("evaluate", phantom_dataset / "labelsTr", phantom_dataset, "-o", tmp_path, "--report")
+    assert result.exit_code == 0
+    assert "the report could not be written: no picture" in result.stderr
+    assert (tmp_path / "scores.csv").exists()

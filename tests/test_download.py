@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from typer.testing import CliRunner
 
-from medseg.download import Archive, download_archive, download_task, find_archive
+from medseg import download
+from medseg.cli import app
+from medseg.download import (
+    NIIVUE,
+    Archive,
+    download_archive,
+    download_task,
+    download_viewer,
+    find_archive,
+    viewer_file,
+    viewer_folder,
+)
 from medseg.errors import InputError, UnreadableFile
 from medseg.records import TEMPORARY_PREFIX
 
@@ -70,9 +85,9 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def tar_of(*entries: tuple[str, bytes] | tarfile.TarInfo) -> bytes:
+def tar_of(*entries: tuple[str, bytes] | tarfile.TarInfo, mode: Literal["w", "w:gz"] = "w") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as file:
+    with tarfile.open(fileobj=buffer, mode=mode) as file:
         for entry in entries:
             if isinstance(entry, tarfile.TarInfo):
                 file.addfile(entry)
@@ -263,10 +278,106 @@ def test_tasks_have_several_names(name: str) -> None:
     archive = find_archive(name)
     assert archive.name == "Task04_Hippocampus"
     assert archive.url.endswith("/Task04_Hippocampus.tar")
-    assert archive.md5 == "9d24dba78a72977dbd1d2e110310f31b"
+    assert archive.digest == "9d24dba78a72977dbd1d2e110310f31b"
 
 
 @pytest.mark.parametrize("name", ["Task11", "", "Task", "04"])
 def test_unknown_task_lists_the_known(name: str) -> None:
     with pytest.raises(InputError, match=r"Task01_BrainTumour.*Task10_Colon"):
         find_archive(name)
+
+
+# ---- the viewer ------------------------------------------------------------------------------------------------------
+
+SCRIPT = b"(function () { /* not NiiVue */ })();"
+PACKAGE = tar_of(
+    ("package/README.md", b"read me"),
+    ("package/package.json", b'{"license": "BSD-2-Clause"}'),
+    ("package/dist/niivue.umd.js", SCRIPT),
+    ("package/dist/index.js", b"the same for others"),
+    mode="w:gz",
+)
+PLACE = "/@niivue/niivue/-/niivue-0.69.0.tgz"
+
+
+@pytest.fixture
+def registry(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a registry whose package has the right checksums; the user's data folder is ``tmp_path``."""
+    server.files[f"/npm{PLACE}"] = PACKAGE
+    archive = replace(NIIVUE, digest=hashlib.sha512(PACKAGE).hexdigest())
+    monkeypatch.setattr("medseg.download.NIIVUE", archive)
+    monkeypatch.setattr("medseg.download._NIIVUE_SHA256", hashlib.sha256(SCRIPT).hexdigest())
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return f"{server.url}/npm/"
+
+
+KEPT = ["medseg/niivue/niivue.umd.js", "medseg/niivue/package.json"]
+
+
+def test_viewer_is_fetched_once_and_kept_with_what_names_its_licence(
+    server: Server, registry: str, tmp_path: Path
+) -> None:
+    assert viewer_file() is None
+    path = download_viewer(base_url=registry)
+    assert path.read_bytes() == SCRIPT
+    assert viewer_file() == path
+    assert download_viewer(base_url=registry) == path
+    assert server.asked == [None]
+    assert listing(tmp_path) == KEPT
+
+
+def test_viewer_goes_on_where_an_earlier_run_stopped(server: Server, registry: str, tmp_path: Path) -> None:
+    viewer_folder().mkdir(parents=True)
+    (viewer_folder() / f"{NIIVUE.file}.part").write_bytes(PACKAGE[:50])
+    download_viewer(base_url=registry)
+    assert server.asked == ["bytes=50-"]
+    assert listing(tmp_path) == KEPT
+
+
+def test_viewer_that_was_changed_is_not_taken_but_fetched_again(server: Server, registry: str) -> None:
+    path = download_viewer(base_url=registry)
+    path.write_bytes(b"alert(1)")
+    assert viewer_file() is None
+    assert download_viewer(base_url=registry).read_bytes() == SCRIPT
+    assert server.asked == [None, None]
+
+
+def test_viewer_of_another_checksum_is_refused(server: Server, registry: str, tmp_path: Path) -> None:
+    server.files[f"/npm{PLACE}"] = PACKAGE + b"more"
+    with pytest.raises(InputError, match="its SHA512 is"):
+        download_viewer(base_url=registry)
+    assert listing(tmp_path) == []
+
+
+def test_viewer_can_be_brought_to_a_machine_without_network(server: Server, registry: str, tmp_path: Path) -> None:
+    viewer_folder().mkdir(parents=True)
+    (viewer_folder() / "niivue-niivue-0.69.0.tgz").write_bytes(PACKAGE)
+    download_viewer()
+    assert server.asked == []
+    assert listing(tmp_path) == KEPT
+
+
+def test_viewer_is_the_package_that_npm_has(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tarball = os.environ.get("MEDSEG_TEST_VIEWER")
+    if not tarball:
+        pytest.skip("needs NiiVue: set MEDSEG_TEST_VIEWER to what `npm pack @niivue/niivue@0.69.0` makes")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    server.files[PLACE] = Path(tarball).read_bytes()
+    path = download_viewer(base_url=server.url)
+    assert viewer_file() == path
+    assert '"license": "BSD-2-Clause"' in path.with_name("package.json").read_text(encoding="utf-8")
+
+
+def test_command_downloads_the_viewer_and_doctor_says_whether_it_is_there(
+    registry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medseg = CliRunner()
+    assert "NiiVue: not downloaded; for 3-D views in reports: medseg download" in medseg.invoke(app, ["doctor"]).stdout
+    archive = replace(download.NIIVUE, url=registry.rstrip("/") + PLACE)
+    monkeypatch.setattr("medseg.download.NIIVUE", archive)
+    done = medseg.invoke(app, ["download", "viewer"])
+    assert (done.exit_code, done.stdout) == (0, f"{viewer_file()}\n")
+    assert "NiiVue: downloaded" in medseg.invoke(app, ["doctor"]).stdout
+    refused = medseg.invoke(app, ["download", "viewer", "-o", "here"])
+    assert refused.exit_code == 2
+    assert "the viewer is kept in the user's data folder" in refused.stderr

@@ -29,6 +29,7 @@ from medseg.io import series as io_series
 from medseg.io import write_mask
 from medseg.io.dicom import Series
 from medseg.io.picture import picture_grid
+from medseg.metrics import score_pair
 from medseg.volume import Labels, Mask
 
 LABELS = Labels(values={"organ": 1, "lesion": 2})
@@ -543,21 +544,23 @@ def cohort(folder: Path, lost: dict[str, int]) -> None:
 
 
 def test_a_summary_has_the_spread_the_interval_and_the_worst(tmp_path: Path) -> None:
-    cohort(tmp_path, {"a": 0, "b": 1, "c": 2, "d": 3, "e": 9, "f": 18, "g": 0})
+    lost = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 9, "f": 18, "g": 0, "h": 4, "i": 5, "j": 6, "k": 7}
+    cohort(tmp_path, lost)
     found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
     (organ,) = found.classes
-    dices = [2 * (27 - n) / (54 - n) for n in (0, 1, 2, 3, 9, 18, 0)]
+    dices = [2 * (27 - n) / (54 - n) for n in lost.values()]
     assert organ.dice is not None
     assert organ.dice.mean == pytest.approx(np.mean(dices))
-    assert (organ.dice.median, organ.dice.p25) == (pytest.approx(dices[2]), pytest.approx(np.percentile(dices, 25)))
-    assert (organ.dice.p05, organ.dice.p95) == (pytest.approx(np.percentile(dices, 5)), pytest.approx(1.0))
+    assert organ.dice.median == pytest.approx(dices[7])  # of eleven the sixth
+    assert (organ.dice.p25, organ.dice.p75) == pytest.approx(np.percentile(dices, (25, 75)))
+    assert (organ.dice.p05, organ.dice.p95) == pytest.approx(np.percentile(dices, (5, 95)))
     assert organ.dice.low is not None
     assert organ.dice.high is not None
     assert 0.5 < organ.dice.low < organ.dice.mean < organ.dice.high < 1.0
-    assert organ.worst == ("f", "e", "d", "c", "b")
+    assert organ.worst == ("f", "e", "k", "j", "i")
     assert (found.mean_low.dice, found.mean_high.dice) == (organ.dice.low, organ.dice.high)
     assert organ.volume_difference_ml is not None
-    assert organ.volume_difference_ml.mean == pytest.approx(-33 / 7 / 1000)
+    assert organ.volume_difference_ml.mean == pytest.approx(-55 / 11 / 1000)
     again = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
     assert again.model_dump() == found.model_dump()  # seeded
 
@@ -629,15 +632,19 @@ def renamed(folder: Path, pattern: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("of_predictions", "of_references"),
+    ("of_predictions", "of_references", "how"),
     [
-        ("pred_{}_seg", "{}"),
-        ("{}", "case_{}_label"),
-        ("sub-{}_desc-medseg_dseg", "sub-{}_dseg"),
+        ("pred_{}_seg", "{}", "pred_01_seg is the prediction of 01"),
+        ("{}", "case_{}_label", "01 is the prediction of case_01_label"),
+        (
+            "sub-{}_desc-medseg_dseg",
+            "sub-{}_dseg",
+            "sub-*_desc-medseg_dseg of the predictions is sub-*_dseg of the references",
+        ),
     ],
 )
 def test_names_may_differ_by_what_all_have_in_common(
-    tmp_path: Path, of_predictions: str, of_references: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, of_predictions: str, of_references: str, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cohort(tmp_path, {"01": 0, "02": 3, "11": 9})
     predictions = renamed(tmp_path / "predictions", f"{of_predictions}.nii.gz")
@@ -645,7 +652,6 @@ def test_names_may_differ_by_what_all_have_in_common(
     found = evaluate_folders(predictions, references)
     assert [case.scores[0].dice for case in found.cases] == [2 * (27 - n) / (54 - n) for n in (0, 3, 9)]
     assert not found.failed
-    how = f"{of_predictions.format('*')} of the predictions is {of_references.format('*')} of the references"
     assert found.matched == how
     assert how in caplog.text
     assert [pair[0] for pair in pairs_of(predictions, references)] == [case.case for case in found.cases]
@@ -664,3 +670,67 @@ def test_names_that_are_the_same_are_not_changed(tmp_path: Path) -> None:
     found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
     assert (found.matched, [case.case for case in found.cases]) == ("", ["pred_01", "pred_02"])
     assert found.predictions == str(tmp_path / "predictions")
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "pairs"),
+    [
+        (("x_A_1", "x_A_2"), ("1", "2", "A_1", "A_2"), {"A_1": "x_A_1", "A_2": "x_A_2"}),
+        (("patientB1", "patientB2"), ("patientA1", "patientA2"), None),
+        (("p1_post", "p2_post"), ("p1_pre", "p2_pre"), None),
+        (("model_12", "model_1"), ("1", "12", "2"), {"1": "model_1", "12": "model_12"}),
+        (("7", "8"), ("7_left", "7_right", "8_left"), None),
+    ],
+    ids=["the longest name", "another patient", "another visit", "whole numbers", "two for one"],
+)
+def test_names_are_matched_only_where_that_is_sure(
+    tmp_path: Path, predictions: tuple[str, ...], references: tuple[str, ...], pairs: dict[str, str] | None
+) -> None:
+    for folder, names in (("predictions", predictions), ("references", references)):
+        for name in names:
+            save(tmp_path / folder / f"{name}.nii.gz", mask(ORGAN))
+    if pairs is None:
+        with pytest.raises(InputError, match="no mask has the name of a reference"):
+            evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+        return
+    found = pairs_of(tmp_path / "predictions", tmp_path / "references")
+    assert {case: path.name.removesuffix(".nii.gz") for case, path, _ in found if path.exists()} == pairs
+
+
+def test_a_case_that_breaks_the_scoring_is_listed_and_the_others_are_scored(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_one(*arguments: Any) -> Any:
+        if "b.nii.gz" in str(arguments[-1]):
+            raise MemoryError("12.6 GiB")
+        return score_pair(*arguments)
+
+    monkeypatch.setattr("medseg.evaluate.score_pair", break_one)
+    found = evaluate_folders(*folders, labels=LABELS)
+    assert found.unscored == {"b": "could not be scored: unexpected MemoryError: 12.6 GiB"}
+    assert [case.case for case in found.cases] == ["a", "c", "d", "e"]
+
+
+def test_names_that_are_no_text_or_hostile_are_spelled_out(tmp_path: Path) -> None:
+    for name in ("c\udcff", "d\n# injected"):
+        for folder in ("predictions", "references"):
+            save(tmp_path / folder / f"{name}.nii.gz", mask(ORGAN))
+    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
+    assert [case.case for case in found.cases] == ["c\\udcff", "d\\n# injected"]
+    found.save(tmp_path / "evaluation.json")
+    found.save_csv(tmp_path / "scores.csv")
+    assert Evaluation.load(tmp_path / "evaluation.json") == found
+
+
+def test_a_case_given_twice_is_refused(folders: tuple[Path, Path]) -> None:
+    pairs = pairs_of(*folders)
+    with pytest.raises(InputError, match="a: is given twice"):
+        evaluate_cases([*pairs, pairs[0]], LABELS)
+
+
+def test_an_evaluation_of_an_older_version_says_so(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    evaluate_folders(*folders, labels=LABELS).save(tmp_path / "scores.json")
+    body = json.loads((tmp_path / "scores.json").read_text())
+    (tmp_path / "scores.json").write_text(json.dumps({**body, "schema_version": 1}))
+    with pytest.raises(InputError, match="has schema version 1"):
+        Evaluation.load(tmp_path / "scores.json")

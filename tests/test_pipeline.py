@@ -52,6 +52,17 @@ def quick_curve(tiny_run: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "save_curve", lambda log, png: records.write_bytes(png, picture))
 
 
+@pytest.fixture(autouse=True)
+def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty page instead of one with pictures, which tests of reports look at."""
+
+    def write(out: Path, **_: Any) -> Path:
+        records.write_text(out / "report.html", "")
+        return out / "report.html"
+
+    monkeypatch.setattr(pipeline, "write_report", write)
+
+
 @pytest.fixture
 def copy(phantom_dataset: Path, tmp_path: Path) -> Path:
     """The dataset, free to be changed."""
@@ -189,6 +200,36 @@ def test_pictures_go_the_whole_way_in_2d(picture_run: RunResult, picture_dataset
     for name in masks:
         image = read_volume(picture_dataset / "imagesTr" / name.replace(".png", "_0000.png"))
         assert read_mask(out / "predictions" / "fold_0" / name).geometry == image.geometry
+
+
+def test_a_run_ends_with_its_report_unless_it_should_not(
+    phantom_dataset: Path, done: Path, tiny_overrides: tuple[str, ...]
+) -> None:
+    choices = {"train": SETTINGS, "overrides": tiny_overrides}
+    result = run(phantom_dataset, done, **choices, report=False)  # type: ignore[arg-type]
+    assert "report" not in result.paths
+    assert not (done / "report.html").exists()
+    result = run(phantom_dataset, done, **choices)  # type: ignore[arg-type]
+    assert result.paths["report"] == done / "report.html"
+    assert (done / "report.html").exists()
+
+
+def test_a_report_that_fails_costs_nothing_else(
+    phantom_dataset: Path,
+    done: Path,
+    tiny_overrides: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> Path:
+        raise ZeroDivisionError("no picture")
+
+    monkeypatch.setattr(pipeline, "write_report", fail)
+    result = run(phantom_dataset, done, train=SETTINGS, overrides=tiny_overrides)
+    assert result.evaluation.mean.dice is not None
+    assert "report" not in result.paths
+    assert "the report could not be written: no picture. Try again with `medseg report`" in caplog.text
+    assert "no picture" in (done / "log.txt").read_text()
 
 
 def test_masks_lie_on_their_images(tiny_run: RunResult, phantom_dataset: Path) -> None:
@@ -488,7 +529,7 @@ def test_a_full_disk_leaves_no_half(
     with pytest.MonkeyPatch.context() as patch:
         full_after(patch, int(syncs_of_a_run * share))
         with pytest.raises((OSError, MedsegError), match="No space left"):
-            run(phantom_dataset, tmp_path, train=SETTINGS, overrides=tiny_overrides)
+            run(phantom_dataset, tmp_path, train=SETTINGS, overrides=tiny_overrides, report=False)
     assert not leftovers(tmp_path)
     require_whole(tmp_path)
     run(phantom_dataset, tmp_path, train=SETTINGS, overrides=tiny_overrides)
@@ -504,7 +545,8 @@ def syncs_of_a_run(
 ) -> int:
     with pytest.MonkeyPatch.context() as patch:
         count = full_after(patch, 10**9)
-        run(phantom_dataset, tmp_path_factory.mktemp("counted"), train=SETTINGS, overrides=tiny_overrides)
+        out = tmp_path_factory.mktemp("counted")
+        run(phantom_dataset, out, train=SETTINGS, overrides=tiny_overrides, report=False)
         return count()
 
 

@@ -166,7 +166,7 @@ def test_every_command_over_marked_dicom(
     medseg_("check", scan, "-v")
     formats = ",".join(MASK_FORMATS)
     medseg_("predict", scan, "-m", package, "-o", out, "--format", formats, "--allow-uncoded", "-v")
-    medseg_("predict", scan, "-m", package, "-o", out, "--format", formats, "--allow-uncoded", "-v")
+    medseg_("predict", scan, "-m", package, "-o", out, "--format", formats, "--allow-uncoded", "--report", "-v")
     (mask,) = out.glob("*.nii.gz")
     (segmentation,) = out.glob("*.dcm")
     medseg_("stats", scan, mask, "-o", out / "stats.csv", "-v")
@@ -175,7 +175,7 @@ def test_every_command_over_marked_dicom(
         for ending in (".nii.gz", ".seg.nrrd", ".mha"):
             medseg_("convert", source, "-o", out / f"converted{number}{ending}", "--reference", scan, "-v")
     medseg_("convert", mask, "-o", out / "converted.dcm", "--reference", scan, "--allow-uncoded", "-v")
-    medseg_("evaluate", mask, segmentation, "-o", out / "scores", "-v")
+    medseg_("evaluate", mask, segmentation, "-o", out / "scores", "--report", "-v")
     found = holders(out)
     assert {path.name for path in found} <= {segmentation.name, "converted.dcm"}
     for path in (segmentation, out / "converted.dcm"):
@@ -319,7 +319,8 @@ def test_no_command_asks_the_network(
     out = tmp_path / "out"
     medseg_("dicom", "scan", tmp_path / "scan")
     medseg_("check", tmp_path / "scan")
-    medseg_("predict", tmp_path / "scan", "-m", package, "-o", out, "--format", "dicom-seg,nii.gz", "--allow-uncoded")
+    words = ("--format", "dicom-seg,nii.gz", "--allow-uncoded", "--report")
+    medseg_("predict", tmp_path / "scan", "-m", package, "-o", out, *words)
     (mask,) = out.glob("*.nii.gz")
     medseg_("stats", tmp_path / "scan", mask)
     medseg_("convert", mask, "-o", out / "x.seg.nrrd")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
+from numpy.typing import NDArray
 
 from medseg.errors import InputError
 from medseg.evaluate import CaseScores, ClassSummary, Evaluation, Means, Spread
@@ -26,7 +28,7 @@ from medseg.report import (
     score_table,
     worst,
 )
-from medseg.report.contact_sheet import outlines
+from medseg.report.curves import smoothed
 from medseg.volume import Labels, Mask
 
 HEADING = "iteration,seconds,loss,learning_rate,dice\n"
@@ -75,6 +77,14 @@ def test_log_that_cannot_be_drawn_is_refused(text: str, words: str, tmp_path: Pa
     with pytest.raises(InputError, match=words):
         save_curve(log, tmp_path / "curve.png")
     assert not (tmp_path / "curve.png").exists()
+
+
+def test_running_mean_goes_on_after_a_loss_that_is_not_finite() -> None:
+    values = np.arange(100.0)  # the mean of two
+    values[[10, 20, 21]] = np.nan, np.inf, -np.inf
+    expected = np.arange(100.0) - 0.5
+    expected[[0, 10, 11, 20, 21, 22]] = 0.0, 9.0, 11.0, 19.0, np.nan, 22.0
+    assert np.array_equal(smoothed(values), expected, equal_nan=True)
 
 
 def test_missing_log_is_refused(tmp_path: Path) -> None:
@@ -141,12 +151,6 @@ def test_markdown_of_a_clean_evaluation_lists_nothing() -> None:
     assert [line for line in text.splitlines() if line.startswith("#")] == ["## Scores"]
 
 
-def test_outlines_are_the_pixels_beside_another_object() -> None:
-    ids = np.array([[1, 1, 1, 2], [1, 1, 1, 2], [1, 1, 1, 0], [0, 0, 0, 0]])
-    expected = [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
-    assert np.array_equal(outlines(ids), np.array(expected, dtype=bool))
-
-
 def test_contact_sheet_has_a_row_a_panel(tmp_path: Path) -> None:
     ids = np.zeros((20, 10, 1), dtype=int)
     ids[2:6, 3:9] = 1
@@ -165,17 +169,25 @@ def test_contact_sheet_has_columns_to_the_right_rows_down_and_the_colours_of_the
     image[1, :, :3], image[0, 12:18] = 255, 255  # green above, red to the right, yellow where they cross
     ids[2:6, 3:9] = 1
     save_contact_sheet([Panel("n0", image, ids, np.roll(ids, 5, axis=0))], tmp_path / "worst.png")
-    expected = np.zeros((3, 10, 20, 3), int)  # image, reference and prediction; rows, columns
-    expected[:, :3, :, 1], expected[:, :, 12:18, 0] = 255, 255
-    for picture, first, colour in ((1, 2, (0, 158, 115)), (2, 7, (214, 94, 0))):  # bluish green, vermillion
-        expected[picture, 3:9, [first, first + 3]] = expected[picture, [3, 8], first : first + 4] = colour
+    expected = np.zeros((10, 20, 3), int)  # rows, columns
+    expected[:3, :, 1], expected[:, 12:18, 0] = 255, 255
     with PIL.Image.open(tmp_path / "worst.png") as sheet:
         thirds = np.split(np.asarray(sheet.convert("RGB")).astype(int), 3, axis=1)
-    for third, picture in zip(thirds, expected, strict=True):
+    for third, first, colour in zip(thirds, (None, 2, 7), (None, (0, 158, 115), (213, 94, 0)), strict=True):
         rows, columns = np.nonzero((third[..., 1] == 255) & (third[..., 2] == 0))  # green and yellow: the upper edge
-        cell = (np.ptp(columns) + 1) / 20
-        at = [(start + cell * (np.arange(n) + 0.5)).astype(int) for start, n in ((rows.min(), 10), (columns.min(), 20))]
-        assert np.abs(third[np.ix_(*at)] - picture).max() < 5
+        top, left, cell = rows.min(), columns.min(), (np.ptp(columns) + 1) / 20
+        for row, column in np.ndindex(10, 20):
+            middle = around(third, top + cell * (row + 0.5), left + cell * (column + 0.5))
+            assert np.abs(middle - expected[row, column]).max() < 5
+        if first is not None:  # the object is 4 x 6 pixels from column ``first`` and row 3: lines run around these
+            for row, column in ((3, first + 0.5), (9, first + 3.5), (3.5, first), (8.5, first + 4)):
+                edge = around(third, top + cell * row, left + cell * column)
+                assert np.abs(edge - colour).max(axis=-1).min() < 40
+
+
+def around(picture: NDArray[Any], y: float, x: float) -> NDArray[Any]:
+    """Three by three pixels."""
+    return picture[round(y) - 1 : round(y) + 2, round(x) - 1 : round(x) + 2]
 
 
 # ---- single objects --------------------------------------------------------------------------------------------------

@@ -101,3 +101,14 @@ def test_near_and_far_distances_are_those_of_one_voxel_from_another(
         expected = [(gap - 1) * spacing[axis]] * 4 + [gap * spacing[axis]] * 4
         assert np.sort(found.from_reference_mm) == pytest.approx(expected)
         assert np.sort(found.from_prediction_mm) == pytest.approx(expected)
+
+
+def test_what_lies_beyond_the_neighbours_is_measured_along_the_shortest_way() -> None:
+    # The corners at (1, y, z) are 4 mm from those at (5, y, z), and (1, 1, 1) is sqrt(27) mm from (4, 4, 4).
+    reference, prediction = (np.zeros((6, 5, 5), dtype=bool) for _ in range(2))
+    reference[0, 0, 0] = prediction[5, 0, 0] = prediction[4, 4, 4] = True
+    found = surface_distances(reference, prediction, (1.0, 1.0, 1.0), flat=False)
+    corners = np.array(list(itertools.product((0, 1), repeat=3)))
+    others = np.concatenate([corners + np.array([5, 0, 0]), corners + np.array([4, 4, 4])])
+    plain = np.linalg.norm(corners[:, None] - others[None], axis=-1).min(axis=1)
+    assert np.sort(found.from_reference_mm) == pytest.approx(np.sort(plain))

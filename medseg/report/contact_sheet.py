@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from medseg.geometry import Float
 from medseg.records import replacing
+from medseg.report.outlines import outlines
+from medseg.report.view import window_of
 
-_REFERENCE, _PREDICTION = (0.0, 0.62, 0.45), (0.84, 0.37, 0.0)  # told apart by colour-blind eyes too (Okabe and Ito)
-_DARKEST, _BRIGHTEST = 0.5, 99.5
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {"reference": "#009e73", "prediction": "#d55e00"}  # colour-blind eyes tell them apart (Okabe and Ito)
 _WIDTH, _HEIGHT = 3.2, 3.0  # of a picture, inches
 
 
@@ -47,43 +50,28 @@ def save_contact_sheet(panels: Sequence[Panel], png: Path) -> None:
     figure = Figure(figsize=(3 * _WIDTH, _HEIGHT * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     for row, panel in zip(figure.subfigures(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        shown = _shown(panel.image)
-        pictures = {
-            "image": shown,
-            "reference": _outlined(shown, panel.reference, _REFERENCE),
-            "prediction": _outlined(shown, panel.prediction, _PREDICTION),
-        }
-        row.suptitle(panel.title, fontsize=9)
-        for axes, (name, picture) in zip(row.subplots(1, 3), pictures.items(), strict=True):
-            axes.imshow(picture.transpose(1, 0, 2), interpolation="nearest")
+        picture = _shades(panel.image)
+        outlined = {"image": None, "reference": panel.reference, "prediction": panel.prediction}
+        row.suptitle(panel.title, fontsize=9, parse_math=False)
+        for axes, (name, ids) in zip(row.subplots(1, 3), outlined.items(), strict=True):
+            axes.imshow(picture, extent=(0, picture.shape[1], picture.shape[0], 0))
             axes.set_title(name, fontsize=8)
             axes.set_axis_off()
+            if ids is not None:
+                _outline(axes, ids, _COLOURS[name])
     with replacing(png) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def outlines(ids: NDArray[Any]) -> NDArray[np.bool_]:
-    """The pixels of an object with a neighbour (across an edge) that is not of it; the image's border is none.
-
-    Args:
-        ids: (I, J), 0 background.
-    """
-    edge = np.zeros(ids.shape, dtype=bool)
-    for here, there in (np.s_[:-1, :], np.s_[1:, :]), (np.s_[:, :-1], np.s_[:, 1:]):
-        differ = ids[here] != ids[there]
-        edge[here] |= differ
-        edge[there] |= differ
-    return np.asarray(edge & (ids != 0))
+def _shades(image: NDArray[Any]) -> Float:
+    """The image as colours (rows, columns, 3) from 0 to 1, stretched so that a dark image can be seen."""
+    channels = image[[0, 1, 2] if len(image) == 3 else [0, 0, 0], :, :, 0]
+    return window_of(channels).shades(channels.transpose(2, 1, 0))
 
 
-def _shown(image: NDArray[Any]) -> Float:
-    """The image as colours (I, J, 3) from 0 to 1, stretched so that a dark image can be seen."""
-    colours = image[:, :, :, 0] if image.shape[0] == 3 else np.repeat(image[:1, :, :, 0], 3, axis=0)
-    low, high = np.percentile(colours, (_DARKEST, _BRIGHTEST))
-    return np.asarray(np.clip((colours.transpose(1, 2, 0) - low) / max(high - low, 1e-9), 0.0, 1.0), dtype=np.float64)
+def _outline(axes: Axes, ids: NDArray[Any], colour: str) -> None:
+    """Lines around all objects, as wide in a large image as in a small one."""
+    from matplotlib.collections import LineCollection
 
-
-def _outlined(shown: Float, ids: NDArray[Any], colour: tuple[float, float, float]) -> Float:
-    picture = shown.copy()
-    picture[outlines(ids[:, :, 0])] = colour
-    return picture
+    loops = [loop for loops in outlines(ids[:, :, 0].T).values() for loop in loops]
+    axes.add_collection(LineCollection(loops, colors=[colour], linewidths=0.7), autolim=False)

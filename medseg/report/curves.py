@@ -34,7 +34,7 @@ def save_curve(log_csv: Path, png: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    log = _read(log_csv)
+    log = read_log(log_csv)
     figure = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(figure)
     loss, dice, rate = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
@@ -54,7 +54,7 @@ def save_curve(log_csv: Path, png: Path) -> None:
 
 def _draw_loss(axes: Axes, log: dict[str, Float]) -> None:
     axes.plot(log["iteration"], log["loss"], color=_BLUE, alpha=0.3, linewidth=0.8, label="loss")
-    axes.plot(log["iteration"], _smoothed(log["loss"]), color=_BLUE, label="running mean")
+    axes.plot(log["iteration"], smoothed(log["loss"]), color=_BLUE, label="running mean")
     axes.set(ylabel="training loss")
     axes.legend(frameon=False)
 
@@ -72,16 +72,19 @@ def _draw_dice(axes: Axes, log: dict[str, Float]) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
-def _smoothed(values: Float) -> Float:
-    """Running mean over the last fiftieth of the training, of what there is at the start."""
+def smoothed(values: Float) -> Float:
+    """Running mean over the last fiftieth of the training, of what there is at the start; over finite values alone."""
     width = max(1, len(values) // 50)
-    total = np.concatenate([[0.0], np.cumsum(values)])
+    finite = np.isfinite(values)
     end = np.arange(1, len(values) + 1)
     start = np.maximum(0, end - width)
-    return np.asarray((total[end] - total[start]) / (end - start))
+    total, number = (np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(finite, values, 0.0), finite))
+    with np.errstate(invalid="ignore"):  # where none is finite there is no mean
+        return np.asarray((total[end] - total[start]) / (number[end] - number[start]))
 
 
-def _read(log_csv: Path) -> dict[str, Float]:
+def read_log(log_csv: Path) -> dict[str, Float]:
+    """The columns of a training log, one row at least; NaN where a cell is empty. Errors as ``save_curve``."""
     try:
         with log_csv.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if None not in row.values()]  # a kill cuts a row short

@@ -105,7 +105,12 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 def _line(cells: tuple[str, ...] | list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+    return f"| {' | '.join(map(_escaped, cells))} |"
+
+
+def _escaped(text: str) -> str:
+    """Text as one line that Markdown shows as it is."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;")
 
 
 def _listing(title: str, reasons: Mapping[str, str]) -> list[str]:
@@ -114,6 +119,6 @@ def _listing(title: str, reasons: Mapping[str, str]) -> list[str]:
     return [
         f"## {title}",
         "",
-        *(f"- {case}: {reason}" if reason else f"- {case}" for case, reason in reasons.items()),
+        *(f"- {_escaped(f'{case}: {reason}' if reason else case)}" for case, reason in reasons.items()),
         "",
     ]
