@@ -1148,7 +1148,7 @@ def download(
 @app.command(epilog=_examples("medseg doctor"))
 @as_command
 def doctor(verbose: Verbose = False, quiet: Quiet = False) -> None:
-    """Say what is installed, what is missing, which device is used."""
+    """Say what is installed or missing, and which device is used."""
     import importlib.util
 
     from medseg.download import viewer_file

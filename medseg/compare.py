@@ -260,9 +260,9 @@ def _shared_structures(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[
 
 def _like(name: str, evaluation: Evaluation) -> str | None:
     """The class or region of that name in an evaluation; None where there is none, or several."""
-    if name in evaluation.labels.regions:
-        return name
     found = evaluation.labels.like(name)
+    if not found and name in evaluation.labels.regions:
+        return name
     return found[0] if len(found) == 1 else None
 
 

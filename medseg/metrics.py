@@ -144,10 +144,14 @@ class Scoring:
 
     @property
     def structures(self) -> dict[str, tuple[int, ...]]:
-        """Name of each class, then of each region -> its indices."""
+        """Name of each class, then of each region -> its indices; a region with the name of a class says what it is."""
         index = {self.labels.values[name]: n for n, name in enumerate(self.labels.names, start=1)}
-        regions = {name: tuple({index[value] for value in values}) for name, values in self.labels.regions.items()}
-        return {**{name: (n,) for n, name in enumerate(self.labels.names, start=1)}, **regions}
+        found = {name: (n,) for n, name in enumerate(self.labels.names, start=1)}
+        for name, values in self.labels.regions.items():
+            members = tuple({index[value] for value in values})
+            if found.get(name) != members:  # else it is that class
+                found[f"{name} (region)" if name in found else name] = members
+        return found
 
 
 def score_pair(

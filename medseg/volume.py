@@ -59,8 +59,6 @@ class Labels(Record):
         unknown = {v for members in self.regions.values() for v in members} - set(self.values.values())
         if unknown:
             raise ValueError(f"regions use integers {sorted(unknown)} that no label has")
-        if twice := sorted(set(self.regions) & set(self.values)):
-            raise ValueError(f"{twice} are names of labels and of regions")
         if hollow := sorted(name for name, members in self.regions.items() if not members):
             raise ValueError(f"regions {hollow} unite no labels")
 

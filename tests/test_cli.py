@@ -869,7 +869,7 @@ def test_a_training_that_is_interrupted_ends_with_130_and_goes_on(
     phantom_dataset: Path, tiny_overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    arguments = [str(phantom_dataset), "-o", str(out), "--iterations", "160", "--device", "cpu"]
+    arguments = [str(phantom_dataset), "-o", str(out), "--iterations", "300", "--device", "cpu"]
     arguments = ["run", *arguments, *set_options(tiny_overrides)]
     log = out / "training" / "fold_0" / "log.csv"
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -280,6 +280,11 @@ def test_any_integers_and_regions(kind: type) -> None:
     assert measures(whole) == (1.0, 1.0, 0.0)
 
 
+def test_a_region_with_the_name_of_a_class_is_neither_lost_nor_taken_for_it() -> None:
+    labels = Labels(values={"a": 1, "b": 2}, regions={"a": (1, 2), "b": (2,)})
+    assert Scoring(labels, 1.0).structures == {"a": (1,), "b": (2,), "a (region)": (1, 2)}
+
+
 @pytest.mark.parametrize("values", [(-5, 4), (3, 1_000_000)])
 def test_far_integers_go_the_slow_way(values: tuple[int, int]) -> None:
     table = np.array([0, *values], dtype=np.int32)

@@ -270,7 +270,7 @@ def _scoring(evaluation: Evaluation) -> Iterable[str]:
     yield f"Scores were averaged over cases and then over classes. {_empties(evaluation.classes)}{_failed(evaluation)}"
     yield (
         f"Intervals are 95 % bias-corrected and accelerated (BCa) bootstrap intervals of the mean over cases "
-        f"({RESAMPLES:,} resamples of whole cases, seed {SEED})"
+        f"({RESAMPLES:,} resamples of whole cases, seed {SEED}; tails widened for few cases by Student's t)"
         + (f"; with fewer than {FEWEST} cases none is given." if len(evaluation.cases) < FEWEST else ".")
     )
     yield _result(evaluation)

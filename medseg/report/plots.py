@@ -84,9 +84,9 @@ _SETTINGS: dict[Any, Any] = {
     "text.parse_math": False,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana"],
-    "font.size": 9,
+    "font.size": 11,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 10,
     "axes.linewidth": 0.8,
     "lines.markeredgewidth": 0.0,
     **dict.fromkeys(("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.edgecolor"), _TEXT),
@@ -160,7 +160,7 @@ def bland_altman(evaluation: Evaluation, name: str) -> str:
             axes.text(0.5, 0.5, "no case with volumes", transform=axes.transAxes, ha="center")
         axes.set_xlabel("mean of reference and predicted volume (ml)")
         axes.set_ylabel("prediction minus reference (ml)")
-        axes.set_title(plain(name), fontsize=10)
+        axes.set_title(plain(name), fontsize=12)
         _status_legend(figure, [score.status for score in used], *left_out)
 
     found = ", ".join(f"{word} {value:+.3g} ml" for value, word in limits) or "no limits of agreement"
@@ -226,7 +226,7 @@ def training_curves(logs: Mapping[int, Path]) -> str:
         if not best:
             dice.text(0.5, 0.5, "no validation was run", transform=dice.transAxes, ha="center", va="center")
         for axes, title in ((loss, "training loss"), (dice, "validation Dice"), (rate, "learning rate")):
-            axes.set_title(title, fontsize=10)
+            axes.set_title(title, fontsize=12)
             axes.set_xlabel("iteration")
         rate.set_ylim(bottom=0)
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=len(read))
@@ -374,7 +374,7 @@ def _draw_limits(axes: Axes, limits: Sequence[tuple[float, str]]) -> None:
         away = {"upper limit": 0.055, "lower limit": -0.055}.get(word, 0.0)
         bias, own = ((limit - low) / (high - low) for limit in (limits[len(limits) // 2][0], value))
         y = max(own, bias + away) if away > 0 else min(own, bias + away)
-        axes.text(1.01, y, f"{word} {value:+.3g} ml", transform=axes.transAxes, va="center", fontsize=8)
+        axes.text(1.01, y, f"{word} {value:+.3g} ml", transform=axes.transAxes, va="center", fontsize=10)
 
 
 def _status_legend(figure: Figure, statuses: Iterable[Status], *notes: str) -> None:

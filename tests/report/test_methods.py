@@ -37,7 +37,7 @@ def test_a_run_in_three_dimensions_on_a_cpu(tiny_run: RunResult) -> None:
     ):
         assert said in training, training
     assert "at a tolerance of 1 mm and the 95th percentile" in scoring
-    assert "with fewer than 5 cases none is given." in scoring
+    assert "with fewer than 10 cases none is given." in scoring
     assert "Over 2 cases the means were Dice " in scoring
     assert "  " not in training + scoring
     assert str(tiny_run.out) not in training + scoring

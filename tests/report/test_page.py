@@ -178,18 +178,18 @@ def test_cases_are_sorted_by_click_and_by_keyboard(small_page: Path, open_file: 
     assert dice.get_attribute("aria-sort") == "ascending"
     dice.locator("button").click()
     assert dice.get_attribute("aria-sort") == "descending"
-    values = column(page, 3)
+    values = column(page, 4)
     assert values == [*sorted(values[:-1], reverse=True), NONE]
     distance = page.locator("#table-cases th", has_text="HD95")
     distance.locator("button").focus()
     page.keyboard.press("Enter")
     assert distance.get_attribute("aria-sort") == "descending", "the worst first"
     assert dice.get_attribute("aria-sort") == "none"
-    lengths = [float(text) for text in column(page, 5)[:-1]]
+    lengths = [float(text) for text in column(page, 6)[:-1]]
     assert lengths == sorted(lengths, reverse=True)
     page.keyboard.press("Space")
     assert distance.get_attribute("aria-sort") == "ascending"
-    assert column(page, 5)[-1] == NONE
+    assert column(page, 6)[-1] == NONE
     page.locator("#table-cases th button", has_text="Case").click()
     assert column(page, 1) == sorted(column(page, 1))
 
