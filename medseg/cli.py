@@ -912,7 +912,7 @@ def compare(
 
     Takes evaluations with the same references and pairs their cases: mean difference with its bootstrap interval,
     Wilcoxon test with Holm's correction, probability of improvement, wins and losses, and how stable the ranking is.
-    "No evidence of a difference" does not say that there is none.
+    "No evidence of difference" does not say that there is none.
     """
     from medseg.compare import compare as compare_evaluations
     from medseg.compare import load_evaluation

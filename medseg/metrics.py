@@ -146,7 +146,7 @@ class Scoring:
     def structures(self) -> dict[str, tuple[int, ...]]:
         """Name of each class, then of each region -> its indices; a region with the name of a class says what it is."""
         index = {self.labels.values[name]: n for n, name in enumerate(self.labels.names, start=1)}
-        found = {name: (n,) for n, name in enumerate(self.labels.names, start=1)}
+        found: dict[str, tuple[int, ...]] = {name: (n,) for n, name in enumerate(self.labels.names, start=1)}
         for name, values in self.labels.regions.items():
             members = tuple({index[value] for value in values})
             if found.get(name) != members:  # else it is that class

@@ -306,9 +306,10 @@ def sandbox(
     def quick_run(dataset: Path | str, out: Path | str, **choices: Any) -> RunResult:
         if choices.get("configuration") == "2d":  # of a script for pictures
             small = (*choices["overrides"], "plan.patch_size=[32,32]", "plan.batch_size=2")
-            return run(dataset, out, **{**choices, "train": quick, "overrides": small})
+            return run(dataset, out, **{**choices, "train": quick, "overrides": small, "report": False})
         overrides = (*choices.pop("overrides", ()), *tiny_overrides)
         changed = {"train": quick, "overrides": overrides, "configuration": "3d_fullres", "regions": None}
+        changed["report"] = False  # tests/report looks at these
         return run(dataset, out, **{**choices, **changed})
 
     def quick_fit(dataset: Path, out: Path, **choices: Any) -> RunResult:

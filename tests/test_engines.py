@@ -199,6 +199,7 @@ def test_bfloat16_is_near_and_another(engine: str) -> None:
     assert 1e-4 < (found - logits(network, x)).abs().max() < 0.2
 
 
+@pytest.mark.slow  # the compiler takes twenty seconds
 def test_compiled() -> None:
     network = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU()).eval()
     found = build_engine("compiled", network, 2, PATCH[2], device=CPU)(patches(2))

@@ -235,7 +235,7 @@ def test_patient_position_moves_nothing(position: str | None, tmp_path: Path) ->
         {"EchoTime": lambda k: "4.92" if k % 2 else "4.920001"},
         {"ImageComments": lambda k: str(k)},
     ],
-    ids=lambda values: ",".join(values) + "=" + str(next(iter(values.values()))),
+    ids=lambda values: ",".join(values) + "=" + ("of k" if callable(v := next(iter(values.values()))) else str(v)),
 )
 def test_attributes_that_do_not_tell_where_a_slice_is(values: dict[str, Any], tmp_path: Path) -> None:
     write_series(tmp_path, VOXELS, spacing=(1, 1, 3), modality="MR", change=put(**values))
