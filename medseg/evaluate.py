@@ -558,15 +558,12 @@ def _summaries(cases: Sequence[CaseScores], classes: int) -> tuple[tuple[ClassSu
     places = {(measure, n): i for i, (measure, n) in enumerate(product(MEASURES, range(len(columns))))}
     values = np.array([[_number(columns[n][case], measure) for measure, n in places] for case in range(len(cases))])
     resampled = bootstrap.Resampled.of(values)
-    means, low, high = Means(), Means(), Means()
+    ends: dict[str, tuple[float | None, float | None, float | None]] = {}
     for measure in MEASURES:
         alone = [i for n in range(classes) if np.isfinite(resampled.means[i := places[measure, n]])]  # no regions
-        at = fmean(resampled.means[alone].tolist()) if alone else None
-        ends = resampled.interval(alone) or (None, None)
-        means, low, high = (
-            record.model_copy(update={measure: value})
-            for record, value in zip((means, low, high), (at, *ends), strict=True)
-        )
+        mean = fmean(resampled.means[alone].tolist()) if alone else None
+        ends[measure] = (mean, *(resampled.interval(alone) or (None, None)))
+    means, low, high = (Means(**{measure: found[n] for measure, found in ends.items()}) for n in range(3))
     names = [case.case for case in cases]
     summaries = tuple(
         _summarise(names, column, {m: _spread(values[:, i := places[m, n]], resampled.interval([i])) for m in MEASURES})
