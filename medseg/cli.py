@@ -338,7 +338,7 @@ def run(
     lesion_iou: LesionIou = 0.1,
     mirror: Mirror = False,
     skip_bad_cases: SkipBadCases = False,
-    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="End with report.html.")] = True,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
@@ -374,7 +374,7 @@ def run(
         overrides=[*settings_of(recipe), *overrides],
         mirror=mirror,
         skip_bad_cases=skip_bad_cases,
-        report=not no_report,
+        report=report,
     )
 
 
