@@ -16,7 +16,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,7 @@ import numpy as np
 from pydantic import Field
 
 from medseg import bootstrap
-from medseg.cases import find_masks, printable
-from medseg.dataset import Dataset
+from medseg.cases import printable
 from medseg.errors import DatasetError, GeometryMismatch, InputError, UnreadableFile
 from medseg.geometry import Box, Float, Geometry
 from medseg.io import describe_grid, has_segments, own_labels, read_mask
@@ -47,6 +46,7 @@ from medseg.metrics import (
     score_failure,
     score_pair,
 )
+from medseg.pairs import Pair, find
 from medseg.progress import Progress, silent
 from medseg.records import Record, write_text
 from medseg.terminology import ABNORMAL_STRUCTURE, is_lesion
@@ -62,9 +62,6 @@ MOST_VOXELS = 2**31
 
 _WORST = 5
 _WORKERS = min(4, os.cpu_count() or 1)  # each holds one pair of masks: bounded memory
-
-Pair = tuple[str, Path, Path]
-"""Case id, path of the prediction (which may be missing), path of the reference; files, or folders of a DICOM SEG."""
 
 
 class EvaluateSettings(Record):
@@ -273,7 +270,7 @@ def evaluate_folders(
     Args:
         predictions: a folder of masks, one mask, or a pattern; see ``find_masks``.
         references: likewise, or a dataset folder with its ``dataset.json``, whose training labels and label names are
-            used. Two single files are a pair whatever their names; see ``pairs_of`` for names that differ a little.
+            used. How names are matched: ``medseg.pairs.find``.
         labels: names of the values. Without them and without a dataset: those that the references name; for values
             that they do not name, the names that other masks have for them, or ``label_<value>``.
         settings: tolerance and lesions.
@@ -286,103 +283,29 @@ def evaluate_folders(
             (without labels) a mask that does not name its values where those of the others do not tell what they are.
         DatasetError: none of the references can be used.
     """
-    dataset, found, predicted, matched = _found(predictions, references)
+    found = find(predictions, references)
     if predictions.is_file():
-        cases = cases or list(predicted)
-    wanted = sorted(found) if cases is None else list(dict.fromkeys(cases))
+        cases = cases or list(found.predictions)
+    wanted = sorted(found.references) if cases is None else list(dict.fromkeys(cases))
     if only_predicted:
-        wanted = [case for case in wanted if case in predicted] or wanted
-    if absent := [case for case in wanted if case not in found]:
+        wanted = [case for case in wanted if case in found.predictions] or wanted
+    if absent := [case for case in wanted if case not in found.references]:
         raise InputError(references, f"has no reference for {', '.join(absent[:10])}", "a mask of the same name")
-    if not set(wanted) & set(predicted):
-        raise InputError(
-            predictions, f"no mask has the name of a reference: {min(predicted)}, ...", f"names as {wanted[0]}"
-        )
-    pairs = [(case, predicted.get(case, predictions / case), found[case]) for case in wanted]
+    if not set(wanted) & set(found.predictions):
+        there = f"no mask has the name of a reference: {min(found.predictions)}, ..."
+        raise InputError(predictions, there, f"names as {wanted[0]}")
+    pairs = [(case, found.predictions.get(case, predictions / case), found.references[case]) for case in wanted]
+    dataset = found.dataset
     known = labels or (dataset.labels if dataset else None)
     names = known or _found_labels([path for *_, path in pairs], [path for _, path, _ in pairs])
     facts = {
-        "extra": tuple(sorted(set(predicted) - set(found))),
-        "matched": matched,
+        "extra": tuple(sorted(set(found.predictions) - set(found.references))),
+        "matched": found.how,
         "predictions": printable(str(predictions.absolute())),
         "references": printable(str(references.absolute())),
     }
     name = dataset.root.resolve().name if dataset else ""
     return evaluate_cases(pairs, names, settings, name, progress).model_copy(update=facts)
-
-
-def pairs_of(predictions: Path, references: Path) -> list[Pair]:
-    """Every reference with the prediction of its name; paths as ``evaluate_folders`` takes them.
-
-    Names are those of the files without ending. Where no prediction has the name of a reference, a prediction belongs
-    to the longest name of a reference that it holds (``pred_007_seg`` to ``007``), or that holds its own; else what all
-    predictions begin and end with is left out, and likewise of the references, if one of these has nothing that the
-    other has not (``sub-7_desc-model_dseg`` and ``sub-7_dseg``). All of this only where every prediction then has a
-    reference of its own; what was done is logged.
-
-    Raises:
-        InputError: there is none, or two files are of one name.
-    """
-    _, found, predicted, _ = _found(predictions, references)
-    return [(case, predicted.get(case, predictions / case), path) for case, path in sorted(found.items())]
-
-
-def _found(predictions: Path, references: Path) -> tuple[Dataset | None, dict[str, Path], dict[str, Path], str]:
-    """The dataset, if there is one; references and predictions by case; and how names were matched."""
-    dataset = Dataset.open(references) if (references / "dataset.json").is_file() else None
-    labels = {case.id: case.label for case in dataset.cases if case.label} if dataset else {}
-    found = labels or find_masks(references)
-    predicted = find_masks(predictions)
-    if predictions.is_file() and references.is_file():
-        return dataset, found, dict(zip(found, predicted.values(), strict=True)), ""
-    names, how = _matched(predicted, found)
-    if how:
-        log.warning("names: %s", how)
-    return dataset, found, {names[name]: path for name, path in predicted.items()}, how
-
-
-def _matched(predicted: Collection[str], found: Collection[str]) -> tuple[dict[str, str], str]:
-    """The name of the reference of each prediction, and how that was found where names differ; see ``pairs_of``."""
-    same = {name: name for name in predicted}
-    if set(predicted) & set(found):
-        return same, ""
-    held = {name: _held(name, found) for name in predicted}
-    if None in held.values():
-        held = {name: _held(name, found, within=True) for name in predicted}
-    if None not in held.values() and len(set(held.values())) == len(predicted):
-        example = min(predicted)
-        return {name: str(other) for name, other in held.items()}, f"{example} is the prediction of {held[example]}"
-    (ends_p, cores_p), (ends_r, cores_r) = _cores(predicted), _cores(found)
-    names = {core: name for name, core in cores_r.items()}
-    alike = all(a in b or b in a for a, b in zip(ends_p, ends_r, strict=True))
-    if not alike or len(found) < 2 or len(predicted) < 2 or not set(cores_p.values()) <= set(names):
-        return same, ""
-    how = f"{'*'.join(ends_p)} of the predictions is {'*'.join(ends_r)} of the references"
-    return {name: names[core] for name, core in cores_p.items()}, how
-
-
-def _held(name: str, others: Collection[str], within: bool = False) -> str | None:
-    """The longest of the other names that a name holds as whole words, or (``within``) the only one that holds it."""
-    whole = r"(?<![^\W_]){}(?![^\W_])"
-    if within:
-        holders = [other for other in others if re.search(whole.format(re.escape(name)), other)]
-        return holders[0] if len(holders) == 1 else None
-    return max((other for other in others if re.search(whole.format(re.escape(other)), name)), key=len, default=None)
-
-
-def _cores(names: Collection[str]) -> tuple[tuple[str, str], dict[str, str]]:
-    """What all names begin and end with, and each without it."""
-    start = _shared(names)
-    rest = {name: name.removeprefix(start) for name in names}
-    stop = _shared([text[::-1] for text in rest.values()])[::-1]
-    return (start, stop), {name: text.removesuffix(stop) for name, text in rest.items()}
-
-
-def _shared(texts: Collection[str]) -> str:
-    """What all texts begin with, up to their numbers: ``01`` and ``02`` share nothing."""
-    first, last = min(texts), max(texts)
-    count = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:count].rstrip("0123456789")
 
 
 def evaluate_cases(

@@ -22,11 +22,12 @@ from medseg.check import check
 from medseg.dataset import Case, Dataset, Findings, Fold
 from medseg.engines import choose_device
 from medseg.errors import DatasetError, InputError
-from medseg.evaluate import EvaluateSettings, Evaluation, Pair, evaluate_cases, scoring_of
+from medseg.evaluate import EvaluateSettings, Evaluation, evaluate_cases, scoring_of
 from medseg.fingerprint import Fingerprint, measure
 from medseg.folder import writing_to
 from medseg.journal import versions
 from medseg.package import FoldRecord, load_package, note_dice, save_package
+from medseg.pairs import Pair
 from medseg.patches import prepare_cases
 from medseg.plan import ConfigurationName, Plan
 from medseg.planning import make_plan, override_plan

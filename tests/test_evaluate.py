@@ -22,7 +22,6 @@ from medseg.evaluate import (
     Evaluation,
     evaluate_cases,
     evaluate_folders,
-    pairs_of,
 )
 from medseg.geometry import Geometry
 from medseg.io import series as io_series
@@ -30,6 +29,7 @@ from medseg.io import write_mask
 from medseg.io.dicom import Series
 from medseg.io.picture import picture_grid
 from medseg.metrics import score_pair
+from medseg.pairs import pairs_of
 from medseg.volume import Labels, Mask
 
 LABELS = Labels(values={"organ": 1, "lesion": 2})
@@ -622,79 +622,7 @@ def test_the_tolerance_of_the_decathlon_is_known_and_recorded(
     assert source in found.tolerance_source
 
 
-# Names
-
-
-def renamed(folder: Path, pattern: str) -> Path:
-    for path in sorted(folder.iterdir()):
-        path.rename(folder / pattern.format(path.name.removesuffix(".nii.gz")))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("of_predictions", "of_references", "how"),
-    [
-        ("pred_{}_seg", "{}", "pred_01_seg is the prediction of 01"),
-        ("{}", "case_{}_label", "01 is the prediction of case_01_label"),
-        (
-            "sub-{}_desc-medseg_dseg",
-            "sub-{}_dseg",
-            "sub-*_desc-medseg_dseg of the predictions is sub-*_dseg of the references",
-        ),
-    ],
-)
-def test_names_may_differ_by_what_all_have_in_common(
-    tmp_path: Path, of_predictions: str, of_references: str, how: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    cohort(tmp_path, {"01": 0, "02": 3, "11": 9})
-    predictions = renamed(tmp_path / "predictions", f"{of_predictions}.nii.gz")
-    references = renamed(tmp_path / "references", f"{of_references}.nii.gz")
-    found = evaluate_folders(predictions, references)
-    assert [case.scores[0].dice for case in found.cases] == [2 * (27 - n) / (54 - n) for n in (0, 3, 9)]
-    assert not found.failed
-    assert found.matched == how
-    assert how in caplog.text
-    assert [pair[0] for pair in pairs_of(predictions, references)] == [case.case for case in found.cases]
-
-
-def test_names_are_not_guessed_where_a_prediction_would_be_left_over(tmp_path: Path) -> None:
-    cohort(tmp_path, {"01": 0, "02": 3})
-    renamed(tmp_path / "predictions", "pred_{}.nii.gz")
-    save(tmp_path / "predictions" / "pred_03.nii.gz", mask(ORGAN))
-    with pytest.raises(InputError, match="no mask has the name of a reference"):
-        evaluate_folders(tmp_path / "predictions", tmp_path / "references")
-
-
-def test_names_that_are_the_same_are_not_changed(tmp_path: Path) -> None:
-    cohort(tmp_path, {"pred_01": 0, "pred_02": 3})
-    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
-    assert (found.matched, [case.case for case in found.cases]) == ("", ["pred_01", "pred_02"])
-    assert found.predictions == str(tmp_path / "predictions")
-
-
-@pytest.mark.parametrize(
-    ("predictions", "references", "pairs"),
-    [
-        (("x_A_1", "x_A_2"), ("1", "2", "A_1", "A_2"), {"A_1": "x_A_1", "A_2": "x_A_2"}),
-        (("patientB1", "patientB2"), ("patientA1", "patientA2"), None),
-        (("p1_post", "p2_post"), ("p1_pre", "p2_pre"), None),
-        (("model_12", "model_1"), ("1", "12", "2"), {"1": "model_1", "12": "model_12"}),
-        (("7", "8"), ("7_left", "7_right", "8_left"), None),
-    ],
-    ids=["the longest name", "another patient", "another visit", "whole numbers", "two for one"],
-)
-def test_names_are_matched_only_where_that_is_sure(
-    tmp_path: Path, predictions: tuple[str, ...], references: tuple[str, ...], pairs: dict[str, str] | None
-) -> None:
-    for folder, names in (("predictions", predictions), ("references", references)):
-        for name in names:
-            save(tmp_path / folder / f"{name}.nii.gz", mask(ORGAN))
-    if pairs is None:
-        with pytest.raises(InputError, match="no mask has the name of a reference"):
-            evaluate_folders(tmp_path / "predictions", tmp_path / "references")
-        return
-    found = pairs_of(tmp_path / "predictions", tmp_path / "references")
-    assert {case: path.name.removesuffix(".nii.gz") for case, path, _ in found if path.exists()} == pairs
+# Odd cases
 
 
 def test_a_case_that_breaks_the_scoring_is_listed_and_the_others_are_scored(
@@ -709,17 +637,6 @@ def test_a_case_that_breaks_the_scoring_is_listed_and_the_others_are_scored(
     found = evaluate_folders(*folders, labels=LABELS)
     assert found.unscored == {"b": "could not be scored: unexpected MemoryError: 12.6 GiB"}
     assert [case.case for case in found.cases] == ["a", "c", "d", "e"]
-
-
-def test_names_that_are_no_text_or_hostile_are_spelled_out(tmp_path: Path) -> None:
-    for name in ("c\udcff", "d\n# injected"):
-        for folder in ("predictions", "references"):
-            save(tmp_path / folder / f"{name}.nii.gz", mask(ORGAN))
-    found = evaluate_folders(tmp_path / "predictions", tmp_path / "references")
-    assert [case.case for case in found.cases] == ["c\\udcff", "d\\n# injected"]
-    found.save(tmp_path / "evaluation.json")
-    found.save_csv(tmp_path / "scores.csv")
-    assert Evaluation.load(tmp_path / "evaluation.json") == found
 
 
 def test_a_case_given_twice_is_refused(folders: tuple[Path, Path]) -> None:

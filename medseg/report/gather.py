@@ -17,9 +17,10 @@ from typing import Any, Literal, TypeVar
 from medseg.cases import find_cases, find_masks
 from medseg.dataset import Case, Dataset, Findings
 from medseg.errors import InputError, MedsegError
-from medseg.evaluate import Evaluation, pairs_of
+from medseg.evaluate import Evaluation
 from medseg.fingerprint import Fingerprint
 from medseg.io import Source
+from medseg.pairs import pairs_of
 from medseg.plan import Plan
 from medseg.records import Record, read_json
 from medseg.volume import Labels
