@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # for type checkers; at run time __getattr__ brings them
     from medseg.segmenter import Segmenter
 
 __version__ = "0.1.0"
+NOTICE = "Research software, not a medical device."
 
 _PLACES = {
     "load": "medseg.predict",

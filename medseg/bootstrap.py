@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,9 +64,9 @@ class Resampled:
         blocks = []
         for block in draws(len(values), seed=seed):
             drawn = _times(block, len(values))
-            blocks.append(_ratio(drawn @ known, drawn @ counts.astype(np.float64)))
-        without = _ratio(total - known, (number - counts).astype(np.float64))
-        return cls(values, _ratio(total, number.astype(np.float64)), np.concatenate(blocks), without)
+            blocks.append(ratio(drawn @ known, drawn @ counts.astype(np.float64)))
+        without = ratio(total - known, number - counts)
+        return cls(values, ratio(total, number), np.concatenate(blocks), without)
 
     def interval(self, columns: Sequence[int]) -> Interval | None:
         """The interval of the mean of some columns' means; None with too few cases (``FEWEST``) in one of them.
@@ -114,5 +115,6 @@ def _times(block: NDArray[np.int64], n: int) -> Float:
     return np.bincount(places.ravel(), minlength=n * len(block)).reshape(len(block), n).astype(np.float64)
 
 
-def _ratio(total: Float, number: Float) -> Float:
+def ratio(total: Float, number: NDArray[Any]) -> Float:
+    """Sums divided by how many numbers they are of; NaN where that is none."""
     return np.asarray(np.divide(total, number, out=np.full(np.shape(total), np.nan), where=number > 0))

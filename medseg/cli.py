@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from medseg import NOTICE
 from medseg.errors import InputError, MedsegError, TrainingError
 
 if TYPE_CHECKING:  # the rest is imported by the command that needs it: `medseg --help` stays fast
@@ -43,7 +44,6 @@ if TYPE_CHECKING:  # the rest is imported by the command that needs it: `medseg 
     from medseg.train import TrainSettings
     from medseg.volume import Labels
 
-NOTICE = "Research software, not a medical device."
 _REMEDY_FOR_ALL = "run again with -v for the traceback, and report it with the log"
 
 

@@ -374,9 +374,7 @@ def _known(values: Float) -> Float:
 def _mean_of_known(rows: Float) -> Float:
     """Mean of each row over what is known in it; NaN where nothing is."""
     known = np.isfinite(rows)
-    number = known.sum(axis=1)
-    total = np.where(known, rows, 0.0).sum(axis=1)
-    return np.asarray(np.divide(total, number, out=np.full(total.shape, np.nan), where=number > 0))
+    return bootstrap.ratio(np.where(known, rows, 0.0).sum(axis=1), known.sum(axis=1))
 
 
 def _corrected(differences: Sequence[Difference]) -> Iterator[Difference]:

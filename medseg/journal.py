@@ -191,7 +191,7 @@ class Journal:
             "peak_memory_mb": max((r.peak_memory_mb for r in done if r.peak_memory_mb is not None), default=None),
             "strategies": dict(Counter(r.strategy for r in done)),
         }
-        notices = {"notice": "Research software, not a medical device.", "qc_notice": quality.NOTICE}
+        notices = {"notice": medseg.NOTICE, "qc_notice": quality.NOTICE}
         write_json(self.run, {**notices, **facts, **totals})
 
 

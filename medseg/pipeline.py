@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import medseg
+from medseg import NOTICE
 from medseg.batch import predict_cases
 from medseg.cases import mask_name
 from medseg.check import check
@@ -41,7 +42,6 @@ from medseg.volume import Labels
 
 log = logging.getLogger(__name__)
 
-NOTICE = "Research software, not a medical device."
 DEFAULT_MEMORY_MB = 8192.0
 """Memory that a plan may use where nothing else is said: nnU-Net's 8 GB."""
 

@@ -247,9 +247,8 @@ def _found(mask: Mask) -> Labels | None:
     Raises:
         InputError: it holds more than 254 values.
     """
-    values = set[int]().union(*(np.unique(plane).tolist() for plane in mask.array)) - {0}
-    where = mask.paths[0] if mask.paths else "mask"
-    return Labels.checked({"values": {f"label_{v}": v for v in sorted(values)}}, where) if values else None
+    values = set(mask.counts()) - {0}
+    return Labels.numbered(values, mask.paths[0] if mask.paths else "mask") if values else None
 
 
 def _measure_case(name: str, case: Case | None, path: Path, labels: Labels | None) -> CaseStats:

@@ -68,6 +68,15 @@ class Labels(Record):
         body: dict[str, Any] = dump(self)
         return {name: value for name, value in body.items() if value or name not in ("codings", "colours")}
 
+    @classmethod
+    def numbered(cls, values: Iterable[int], where: object) -> Labels:
+        """Labels for the values of a mask that nobody named, ``label_<value>`` each.
+
+        Raises:
+            InputError: there is none, 0 is among them, or they are more than 254; with ``where``.
+        """
+        return cls.checked({"values": {f"label_{value}": value for value in sorted(values)}}, where)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Class names in the order of their integers: the order of the network's channels 1 to n."""

@@ -250,3 +250,10 @@ def test_a_name_of_the_same_words_is_the_same_label() -> None:
     assert labels.like("LIVER") == ("Liver",)
     assert labels.like("right kidney") == ()
     assert Labels(values={"liver": 1, "Liver": 2}).like("LIVER") == ("liver", "Liver")
+
+
+def test_values_that_nobody_named_have_their_numbers_as_names() -> None:
+    assert Labels.numbered({300, 7}, "mask.nii").values == {"label_7": 7, "label_300": 300}
+    assert Labels.numbered({300, 7}, "mask.nii").names == ("label_7", "label_300")
+    with pytest.raises(InputError, match=r"mask\.nii: Labels: .*at most 254 labels"):
+        Labels.numbered(range(1, 256), "mask.nii")

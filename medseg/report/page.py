@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from medseg import NOTICE
 from medseg.progress import Progress, part, silent
 from medseg.records import write_bytes
 from medseg.report import account, results, viewer
 from medseg.report.gather import Gathered, gather, without_folders
 from medseg.report.pictures import Pictures, draw
+from medseg.report.viewer import asset
 from medseg.report.words import count, millilitres, number
 
-NOTICE = "Research software, not a medical device."
 NAME = "report.html"
 """Of the page in the folder that it is about."""
 
@@ -59,11 +59,7 @@ def render(found: Gathered, progress: Progress = silent) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(_asset("page.html.j2")).render(_context(found, progress))
-
-
-def _asset(name: str) -> str:
-    return (resources.files("medseg.report") / "assets" / name).read_text(encoding="utf-8")
+    return environment.from_string(asset("page.html.j2")).render(_context(found, progress))
 
 
 def _context(found: Gathered, progress: Progress) -> dict[str, Any]:
@@ -78,8 +74,8 @@ def _context(found: Gathered, progress: Progress) -> dict[str, Any]:
         **account.done(found),
         "policy": POLICY,
         "notice": NOTICE,
-        "css": _asset("page.css") + _asset("viewer.css"),
-        "script": _asset("page.js"),
+        "css": asset("page.css") + asset("viewer.css"),
+        "script": asset("page.js"),
         "viewer_script": viewer.script(),
         "niivue": (viewer.niivue_script() if pictures.viewers else None) or "",
         "viewers": [(shown, viewer.as_json(shown.viewer or {})) for shown in pictures.viewers],

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg import NOTICE
 from medseg.cases import find_cases
 from medseg.errors import InputError
 from medseg.folder import require_writable
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NOTICE = "Research software, not a medical device."
 MOST_TILES = 48
 """Of a mosaic."""
 
@@ -292,9 +292,8 @@ def _numbered(masks: Sequence[Mask]) -> Labels:
     Raises:
         InputError: they are more than 254.
     """
-    values = sorted(set[int]().union(*(mask.counts() for mask in masks)) - {0})
-    where = masks[0].paths[0] if masks[0].paths else "mask"
-    return Labels.checked({"values": {f"label_{value}": value for value in values or [1]}}, where)
+    values = set[int]().union(*(mask.counts() for mask in masks)) - {0}
+    return Labels.numbered(values or {1}, masks[0].paths[0] if masks[0].paths else "mask")
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------

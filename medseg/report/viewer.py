@@ -82,7 +82,7 @@ def pack(
 
 def script() -> str:
     """The viewer: a script without library, which mounts itself on all sections of the page."""
-    parts = (_asset(name) for name in ("viewer-drawing.js", "viewer-niivue.js", "viewer.js"))
+    parts = (asset(name) for name in ("viewer-drawing.js", "viewer-niivue.js", "viewer.js"))
     return "\n".join(('(() => {\n"use strict";', *parts, "})();"))
 
 
@@ -92,10 +92,11 @@ def niivue_script() -> str | None:
     if path is None:
         return None
     code = path.read_text(encoding="utf-8").replace("</script", "<\\/script").replace("<!--", "<\\!--")
-    return f"/*\n{_asset('niivue.licence.txt')}*/\n{code}"
+    return f"/*\n{asset('niivue.licence.txt')}*/\n{code}"
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of the page that is not Python."""
     return (resources.files("medseg.report") / "assets" / name).read_text(encoding="utf-8")
 
 

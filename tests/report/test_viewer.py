@@ -272,7 +272,7 @@ def written(folder: Path, *bodies: dict[str, Any]) -> Path:
     niivue = viewer.niivue_script()
     element = f'<script type="text/plain" class="niivue">{niivue}</script>' if niivue else ""
     path = folder / "page.html"
-    path.write_text(PAGE % (viewer._asset("viewer.css"), sections, element, viewer.script()), encoding="utf-8")
+    path.write_text(PAGE % (viewer.asset("viewer.css"), sections, element, viewer.script()), encoding="utf-8")
     return path
 
 
